@@ -1,0 +1,1 @@
+"""The long-running services: each is a loop over open backends."""

@@ -1,0 +1,1 @@
+"""One file per product; each is opened by URL through `OPENERS`."""

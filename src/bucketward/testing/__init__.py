@@ -1,0 +1,1 @@
+"""The public conformance suites, one per Protocol: subclass one with one fixture."""

@@ -1,0 +1,30 @@
+"""Fixtures that every kind of test shares: the servers of `tests/servers`, once per run."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from servers.moto import Moto, run_moto
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    """Yield a moto server."""
+    with run_moto() as server:
+        yield server
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_ambient_credentials() -> None:
+    """Never let a test find the developer's own cloud credentials or configuration."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "BUCKETWARD_")) and name != "BUCKETWARD_TEST_REQUIRE":
+            del os.environ[name]
+    os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+    os.environ["AWS_CONFIG_FILE"] = os.environ["AWS_SHARED_CREDENTIALS_FILE"] = "/dev/null"
+
+
+def eicar() -> bytes:
+    """Return the EICAR test file, assembled here so that a checkout never trips an antivirus."""
+    return b"X5O!P%@AP[4\\PZX54(P^)7CC)7}$EICAR-STAND" + b"ARD-ANTIVIRUS-TEST-FILE!$H+H*"

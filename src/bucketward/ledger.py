@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-from bucketward.errors import Changed
+from bucketward.errors import Changed, ConfigError, Unavailable
 from bucketward.interfaces import State
 from bucketward.model import (
     Add,
@@ -28,6 +31,9 @@ from bucketward.model import (
     Signatures,
     Verdict,
 )
+from bucketward.policy import Policy, Settings
+
+log = logging.getLogger(__name__)
 
 TABLES: Mapping[str, tuple[str, ...]] = {
     # One scan of one exact object, by scan id.  `bucket` and `verdict` values end in the UTC day;
@@ -77,13 +83,32 @@ class Results(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Protected:
-    """A protected bucket.  `url` opens it; `bucket` is its identity."""
+    """A protected bucket.  `url` opens it; `bucket` is its identity.
+
+    `route` is how its events reach us.  The sweep looks after objects modified at or after
+    `since` (ISO-8601 in UTC), "" for all: older ones are for a job that somebody asks for.
+    """
 
     bucket: str
     url: str
     account: str = ""
     region: str = ""
     route: str = ""
+    since: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A note that waits in the outbox for one notifier, and how often it was tried."""
+
+    target: str
+    note: Note
+    tries: int = 0
+
+    @property
+    def key(self) -> str:
+        """Return the record key: each notifier gets its own copy."""
+        return f"{self.note.id}|{self.target}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +133,7 @@ class Ledger:
         *,
         keep: str = "all",
         retention_days: int = 0,
-        notes: Callable[[ScanResult], Sequence[Note]] = lambda _: (),
+        notes: Callable[[ScanResult], Sequence[Due]] = lambda _: (),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.state = state
@@ -180,8 +205,8 @@ class Ledger:
         else:
             records.append(Put("verdicts", self._verdict_record(result)))
         records += [
-            Put("outbox", _outbox_record(note, result.scanned_at), version=0)
-            for note in self._notes(result)
+            Put("outbox", _outbox_record(due, result.scanned_at), version=0)
+            for due in self._notes(result)
         ]
         amounts = {str(result.verdict): 1, f"{result.verdict}.bytes": info.size}
         for reason in result.reasons:
@@ -227,12 +252,13 @@ class Ledger:
         )
 
     def forget(self, refs: Sequence[ObjectRef]) -> None:
-        """Drop the current verdicts of objects that are gone.
+        """Drop the current verdicts of objects that are gone, and end what was pending on them.
 
         A reference without a version drops every verdict of its key; if the key holds a new
         object by now, the sweep finds it without a verdict and has it scanned.
         """
         for ref in refs:
+            self._end_pending(ref)
             if ref.version_id is not None:
                 self.state.commit(
                     [Delete("verdicts", verdict_id(ref.bucket, ref.key, ref.version_id))]
@@ -240,6 +266,15 @@ class Ledger:
                 continue
             for record in self._verdicts_of(ref.bucket, ref.key):
                 self.state.commit([Delete("verdicts", record.key)])
+
+    def _end_pending(self, ref: ObjectRef) -> None:
+        """Finish results whose deletion happened but was not recorded: the agent died between."""
+        for result in self.results("object", object_id(ref.bucket, ref.key), limit=20).items:
+            if result.action_state == "pending" and ref.version_id in (
+                None,
+                result.object.version_id,
+            ):
+                self.record([replace(result, action_state="done")])
 
     def _verdicts_of(self, bucket: str, key: str) -> Iterator[Record]:
         cursor = ""
@@ -253,7 +288,7 @@ class Ledger:
                 return
 
     def verdicts(self, infos: Sequence[ObjectInfo]) -> Sequence[CurrentVerdict | None]:
-        """Return the current verdict of each of exactly these objects, `None` where there is none."""
+        """Return the current verdict on each of these exact objects, `None` where there is none."""
         keys = [verdict_id(i.bucket, i.key, i.identity) for i in infos]
         found: dict[str, Record] = {}
         for start in range(0, len(keys), _BATCH):
@@ -344,27 +379,22 @@ class Ledger:
 
     # -- notes, dead letters, leases, agents -----------------------------------------------------
 
-    def due_notes(self, limit: int = 100) -> Sequence[tuple[Note, int]]:
-        """Return notes that are due, with how often each was tried."""
+    def due_notes(self, limit: int = 100) -> Sequence[Due]:
+        """Return what is to be delivered now."""
         now = self._now().isoformat(timespec="milliseconds")
         page = self.state.query("outbox", "due", "due", high=now, limit=limit)
-        found = []
-        for record in page.items:
-            body = json.loads(record.body)
-            tries = body.pop("tries")
-            found.append((Note(**body), tries))
-        return found
+        return [_load_due(record.body) for record in page.items]
 
-    def noted(self, delivered: Iterable[Note]) -> None:
+    def noted(self, delivered: Sequence[Due]) -> None:
         """Take delivered notes out of the outbox."""
-        changes = [Delete("outbox", note.id) for note in delivered]
+        changes = [Delete("outbox", due.key) for due in delivered]
         for start in range(0, len(changes), _BATCH):
             self.state.commit(changes[start : start + _BATCH])
 
-    def note_failed(self, note: Note, tries: int, delay: float) -> None:
+    def note_failed(self, due: Due, delay: float) -> None:
         """Leave a note in the outbox for another try in `delay` seconds."""
-        due = self._now() + timedelta(seconds=delay)
-        self.state.commit([Put("outbox", _outbox_record(note, due, tries + 1))])
+        later = self._now() + timedelta(seconds=delay)
+        self.state.commit([Put("outbox", _outbox_record(replace(due, tries=due.tries + 1), later))])
 
     def bury(self, message_id: str, body: str, reason: str) -> None:
         """Keep a dead letter for people to read and redrive."""
@@ -476,17 +506,26 @@ def _load_verdict(body: str) -> CurrentVerdict:
     )
 
 
-def _outbox_record(note: Note, due: datetime, tries: int = 0) -> Record:
+def _outbox_record(due: Due, when: datetime) -> Record:
+    note = due.note
     body = {
-        "id": note.id,
-        "type": note.type,
-        "subject": note.subject,
-        "body": note.body,
-        "attributes": dict(note.attributes),
-        "tries": tries,
+        "target": due.target,
+        "tries": due.tries,
+        "note": {
+            "id": note.id,
+            "type": note.type,
+            "subject": note.subject,
+            "body": note.body,
+            "attributes": dict(note.attributes),
+        },
     }
-    indexes = {"due": ("due", due.isoformat(timespec="milliseconds"))}
-    return Record(note.id, json.dumps(body), indexes=indexes)
+    indexes = {"due": ("due", when.isoformat(timespec="milliseconds"))}
+    return Record(due.key, json.dumps(body), indexes=indexes)
+
+
+def _load_due(body: str) -> Due:
+    fields = json.loads(body)
+    return Due(fields["target"], Note(**fields["note"]), fields["tries"])
 
 
 def dump_result(result: ScanResult) -> str:
@@ -580,3 +619,54 @@ def _load_report(fields: Mapping[str, Any]) -> EngineReport:
         seconds=fields["seconds"],
         message=fields["message"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything an agent goes by while it handles one message; never changes."""
+
+    settings: Settings
+    protected: Mapping[str, Protected]
+    version: int
+
+    def policy(self, bucket: Protected) -> Policy:
+        """Return how `bucket` is treated."""
+        return self.settings.resolve(bucket.account, bucket.region, bucket.bucket)
+
+
+class SettingsReader:
+    """The current settings and protected buckets, read again every `every` seconds.
+
+    When the ledger cannot be reached, or holds settings that this version does not understand,
+    the last good snapshot goes on being used.  Safe from any thread.
+    """
+
+    def __init__(self, ledger: Ledger, *, every: float = 30.0) -> None:
+        self._ledger = ledger
+        self._every = every
+        self._lock = threading.Lock()
+        self._snapshot = self._read()
+        self._read_at = time.monotonic()
+
+    def current(self) -> Snapshot:
+        """Return the snapshot to use for the next message."""
+        if time.monotonic() - self._read_at > self._every and self._lock.acquire(blocking=False):
+            try:
+                self._snapshot = self._read()
+            except (Unavailable, ConfigError) as error:
+                log.warning("keeping the settings of version %d: %s", self._snapshot.version, error)
+            finally:
+                self._read_at = time.monotonic()
+                self._lock.release()
+        return self._snapshot
+
+    def refresh(self) -> Snapshot:
+        """Read again now and return the new snapshot."""
+        with self._lock:
+            self._snapshot = self._read()
+            self._read_at = time.monotonic()
+        return self._snapshot
+
+    def _read(self) -> Snapshot:
+        text, version = self._ledger.settings()
+        return Snapshot(Settings.from_json(text), self._ledger.protected(), version)

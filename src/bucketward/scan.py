@@ -21,7 +21,15 @@ from bucketward.model import (
     Verdict,
     scan_id,
 )
-from bucketward.policy import EngineRule, Policy, choose, classify, combine, is_left_out
+from bucketward.policy import (
+    EngineRule,
+    Policy,
+    choose,
+    combine,
+    is_left_out,
+    needs_type,
+    reclassify,
+)
 from bucketward.spool import Slot, Spool, sha256
 
 _ROOM_WAIT = 600.0  # seconds a message may wait for room in the spool before it is given back
@@ -161,10 +169,10 @@ class Scanner:
 
     def _refuse(self, info: ObjectInfo, policy: Policy) -> None:
         """Raise `_Stop` if the answer is known without reading the object."""
-        if is_left_out(policy, info):
-            raise _Stop(info, Reason.SKIPPED)
+        if why := is_left_out(policy, info):
+            raise _Stop(info, Reason.SKIPPED, why)
         # The content type is not known yet: an engine that its type would rule out counts here.
-        rules = choose(policy, self.engines, info.key, info.size, None)
+        rules = choose(policy, self.engines, info.key, info.size, "")
         limits = [self.engines[r.engine].max_size for r in rules if r.engine in self.engines]
         if policy.max_size is not None:
             limits = [min(policy.max_size, limit) for limit in limits]
@@ -181,8 +189,7 @@ class Scanner:
 
         `Unavailable` if a required engine could not say anything and no other found anything.
         """
-        typed = any(rule.types or rule.not_types for rule in policy.engines)
-        content_type = self._detect_type(file) if typed else None
+        content_type = self._detect_type(file) if needs_type(policy) else ""
         rules = choose(policy, self.engines, key, file.size, content_type)
         deadline = time.monotonic() + policy.deadline
         reports: list[EngineReport] = []
@@ -194,7 +201,7 @@ class Scanner:
                 if rule.required and unavailable is None:
                     unavailable = error
                 report = _failed(rule.engine, str(error))
-            reports.append(classify(report, policy))
+            reports.append(reclassify(policy, report))
             if policy.stop_at_first_hit and reports[-1].verdict is Verdict.INFECTED:
                 break
         verdict, reasons = combine(reports, rules)

@@ -30,7 +30,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import unquote_plus
 
 from bucketward.errors import Unsupported
@@ -123,17 +123,16 @@ def decode(body: str) -> Event:
             return Event(ignored=(f"SNS {_short(kind)}, no notification",))
         message = document.get("Message")
         if not isinstance(message, str):
-            _refuse("an SNS notification without a text in Message")
+            raise _no_event("an SNS notification without a text in Message")
         body = message
-    _refuse(f"an SNS notification wrapped more than {_MAX_WRAPPINGS - 1} times")
+    raise _no_event(f"an SNS notification wrapped more than {_MAX_WRAPPINGS - 1} times")
 
 
 def encode(refs: Sequence[ObjectRef], *, job: str = "", attempt: int = 0) -> str:
     """Return our own form of a message about `refs`: ASCII JSON.
 
     ``decode(encode(refs)).refs == refs``, whatever the keys hold.  The caller keeps the body below
-    the queue's limit; one ref takes at most about 4 bytes per byte of its key, and 2 KB for the
-    rest.
+    the queue's limit; one ref takes up to 6 bytes per byte of its texts and 200 more.
     """
     document: dict[str, Any] = {"bucketward": 1, "refs": [_encode_ref(ref) for ref in refs]}
     if job:
@@ -188,15 +187,15 @@ class _BadRecord(Exception):  # noqa: N818 - it names the record, and never leav
 
 def _load(body: str) -> dict[str, Any]:
     if len(body) > MAX_BODY:
-        _refuse(f"{len(body)} characters long")
+        raise _no_event(f"{len(body)} characters long")
     try:
         document = json.loads(body)
     except RecursionError:
-        _refuse("JSON nested too deep")
+        raise _no_event("JSON nested too deep") from None
     except ValueError:  # also an integer of more than 4,300 digits
-        _refuse("not JSON")
+        raise _no_event("not JSON") from None
     if not isinstance(document, dict):
-        _refuse(f"a JSON {type(document).__name__}, not an object")
+        raise _no_event(f"a JSON {type(document).__name__}, not an object")
     return document
 
 
@@ -207,15 +206,15 @@ def _decode(document: dict[str, Any]) -> Event:
         return _decode_records(document["Records"])
     if "detail-type" in document:
         return _decode_bridge(document)
-    # {"Service": "Amazon S3", "Event": "s3:TestEvent", "Time": ..., "Bucket": ...}
+    # No Records there: Service, Event, Time and Bucket at the top.
     if document.get("Event") == "s3:TestEvent":
         return Event(ignored=("s3:TestEvent, sent when notifications were set up",))
-    _refuse("a JSON object that is no S3, EventBridge, SNS or Bucketward message")
+    raise _no_event("a JSON object that is no S3, EventBridge, SNS or Bucketward message")
 
 
 def _decode_records(records: Any) -> Event:
     if not isinstance(records, list):
-        _refuse("an S3 event whose Records are no list")
+        raise _no_event("an S3 event whose Records are no list")
     refs: list[ObjectRef] = []
     removed: list[ObjectRef] = []
     ignored, malformed = _Notes(), _Notes()
@@ -280,7 +279,7 @@ def _record_ref(record: dict[str, Any]) -> ObjectRef:
 def _decode_bridge(document: dict[str, Any]) -> Event:
     kind = document["detail-type"]
     if not isinstance(kind, str) or document.get("source") != "aws.s3":
-        _refuse("an EventBridge event that is not from aws.s3")
+        raise _no_event("an EventBridge event that is not from aws.s3")
     what = _DETAIL_TYPES.get(kind)
     if what is None:
         return Event(ignored=(f"{_short(kind)}, no new bytes",))
@@ -341,7 +340,7 @@ def _key(value: Any, *, is_raw: bool) -> str:
 def _version_id(value: Any) -> str | None:
     # "null" is S3's name for what was written without versioning; the store, asked for the key's
     # current object, finds it and checks the etag.
-    if value is None or value in {"", "null"}:
+    if value is None or value in ("", "null"):
         return None
     if not isinstance(value, str) or not _PRINTABLE.fullmatch(value):
         raise _BadRecord(f"{_short(value)} is no version id")
@@ -430,7 +429,7 @@ def _encode_ref(ref: ObjectRef) -> dict[str, Any]:
 def _decode_own(document: dict[str, Any]) -> Event:
     refs = document.get("refs")
     if document["bucketward"] != 1 or not isinstance(refs, list):
-        _refuse("a Bucketward message of another version")
+        raise _no_event("a Bucketward message of another version")
     good: list[ObjectRef] = []
     malformed = _Notes()
     for number, fields in enumerate(refs):
@@ -479,7 +478,7 @@ def _short(value: Any) -> str:
     return f"a JSON {type(value).__name__}"
 
 
-def _refuse(what: str) -> NoReturn:
-    raise Unsupported(
+def _no_event(what: str) -> Unsupported:
+    return Unsupported(
         f"the message is {what}; send only object events to this queue", reason="not-an-event"
     )

@@ -382,7 +382,7 @@ class Ledger:
     def due_notes(self, limit: int = 100) -> Sequence[Due]:
         """Return what is to be delivered now."""
         now = self._now().isoformat(timespec="milliseconds")
-        page = self.state.query("outbox", "due", "due", high=now, limit=limit)
+        page = self.state.query("outbox", "due", "due", high=f"{now}\uffff", limit=limit)
         return [_load_due(record.body) for record in page.items]
 
     def noted(self, delivered: Sequence[Due]) -> None:

@@ -7,17 +7,39 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from types import MappingProxyType
-from typing import BinaryIO, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 T = TypeVar("T")
 
-NOTHING: Mapping[str, str] = MappingProxyType({})
-"""The empty, immutable string mapping."""
+
+class _Nothing(Mapping[str, Any]):
+    """An empty mapping that is hashable, so that a frozen dataclass takes it as a default."""
+
+    def __getitem__(self, key: str) -> Any:
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __hash__(self) -> int:
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mapping) and not other
+
+    def __repr__(self) -> str:
+        return "{}"
+
+
+NOTHING: Mapping[str, Any] = _Nothing()
+"""The empty, immutable mapping."""
 
 
 class Verdict(StrEnum):
@@ -101,8 +123,8 @@ class ObjectInfo:
     token: str = ""
     tag_count: int | None = None
     storage_class: str = ""
-    metadata: Mapping[str, str] = field(default_factory=lambda: NOTHING)
-    headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    metadata: Mapping[str, str] = NOTHING
+    headers: Mapping[str, str] = NOTHING
     is_latest: bool = True
 
     @property
@@ -336,7 +358,7 @@ class Note:
     type: str
     subject: str
     body: str
-    attributes: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    attributes: Mapping[str, str] = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +373,7 @@ class BucketInfo:
     is_public: bool | None = None
     encryption: str | None = None
     requester_pays: bool | None = None
-    tags: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    tags: Mapping[str, str] = NOTHING
 
 
 @dataclass(frozen=True, slots=True)

@@ -163,3 +163,98 @@ class House:
 
     def _engine_options(self, name: str) -> dict[str, Any]:
         raise NotImplementedError(name)
+
+    @cached_property
+    def spool(self) -> Spool:
+        """The spool that all scans of this process share."""
+        spool = self.config.spool
+        return Spool(
+            memory=spool.memory,
+            disk=spool.disk,
+            in_memory_below=spool.in_memory_below,
+            directory=spool.directory,
+        )
+
+    @cached_property
+    def scanner(self) -> Scanner:
+        """The pipeline."""
+        return Scanner(self.engines, self.spool, detect_type=detect_type)
+
+    @cached_property
+    def notifiers(self) -> Mapping[str, Notifier]:
+        """The configured notifiers, by name."""
+        found: dict[str, Notifier] = {}
+        for name, options in self.config.notifiers.items():
+            given: dict[str, Any] = {}
+            if urlsplit(options.url).scheme in {"http", "https"}:
+                given = {"secret": options.secret, "allow_private": options.allow_private}
+            found[name] = self._keep(opener("notifier", options.url)(options.url, **given))
+        return found
+
+    def _notes(self, result: ScanResult) -> Sequence[Due]:
+        note = scan_result(result)
+        return [
+            Due(name, note)
+            for name, options in self.config.notifiers.items()
+            if matches(options.filter, note)
+        ]
+
+    @cached_property
+    def settings(self) -> SettingsReader:
+        """The settings and protected buckets, read again every 30 s."""
+        return SettingsReader(self.ledger)
+
+    def store(self, url: str) -> Store:
+        """Open a bucket by URL, once."""
+        with self._lock:
+            store = self._stores.get(url)
+            if store is None:
+                store = self._stores[url] = self._keep(opener("store", url)(url))
+            return store
+
+    def protected_store(self, protected: Protected) -> Store:
+        """Open a protected bucket, once."""
+        return self.store(protected.url)
+
+    def quarantine(self, protected: Protected, name: str) -> Store:
+        """Open the quarantine of a protected bucket: the one named, or the default, made if absent.
+
+        The default for directories is ``quarantine`` in the data folder; for S3 on AWS a bucket of
+        its own per account and region.  `ConfigError` where a name has to be given.
+        """
+        url = name or self._default_quarantine(protected)
+        return self.store(_same_place(protected.url, url))
+
+    def _default_quarantine(self, protected: Protected) -> str:
+        if protected.url.startswith("file://"):
+            return (self.config.data / "quarantine").as_uri()
+        with self._lock:
+            place = f"{protected.account}|{protected.region}"
+            if place not in self._quarantines:
+                cloud = self.cloud(protected)
+                if cloud is None:
+                    raise Unsupported(
+                        f"no quarantine for {protected.bucket}; name one in the policy "
+                        '(quarantine = "s3://...")',
+                        backend="wiring",
+                    )
+                name = f"bucketward-quarantine-{cloud.account}-{cloud.region}"
+                self._quarantines[place] = cloud.make_quarantine(QuarantineSpec(name, cloud.region))
+            return self._quarantines[place]
+
+    def cloud(self, protected: Protected) -> Cloud | None:
+        """Open the control plane that a bucket belongs to, `None` if there is none we speak to."""
+        raise NotImplementedError
+
+    # -- protecting ------------------------------------------------------------------------------
+
+    def protect(self, url: str, *, account: str = "") -> tuple[Protected, bool]:
+        """Protect a bucket; return its entry and whether it is new.
+
+        `ConfigError` if it is the quarantine of another, or cannot be opened.
+        """
+        raise NotImplementedError
+
+    def unprotect(self, url: str) -> None:
+        """Stop protecting a bucket."""
+        raise NotImplementedError

@@ -422,7 +422,7 @@ class QueueSuite:
 
         assert queue.receive(10, max(self.tick * 2, 0.3)) == []
 
-    @pytest.mark.parametrize("reason", ["", "r" * 5000, "\x00\x1b[31m\n\ud800"], ids=repr)
+    @pytest.mark.parametrize("reason", ["", "r" * 5000, "\x00\x1b[31m\n\ud800"], ids=len)
     def test_a_hard_reason_buries_all_the_same(self, queue: Queue, reason: str) -> None:
         queue.send(["body"])
         (message,) = take(queue, 1)

@@ -179,7 +179,6 @@ def encrypted_ooxml(payload: bytes) -> bytes:
 
 def rar4(payload: bytes, *, encrypted: bool = False, hidden_names: bool = False) -> bytes:
     """Return a RAR 4 archive that stores `payload` as it is (technote.txt of WinRAR 4)."""
-
     if encrypted or hidden_names:
         payload = bytes(byte ^ 0x5A for byte in payload)
 

@@ -281,17 +281,20 @@ class ClamAVEngine:
             self._managed.clamd.on_replace(lambda number: self._in_use.get(number, 0))
 
     def ping(self) -> None:
+        """Open a session; a clamd that would hide its limits is a `ConfigError`."""
         session = self._source.connect(time.monotonic() + 5)
         session.close()
         self._source.signatures()
 
     def close(self) -> None:
+        """Close the sessions and end a managed clamd, unless another process keeps it."""
         while self._idle:
             self._idle.pop().close()
         self._source.close()
         self._examiner.close()
 
     def scan(self, file: Spooled, deadline: float, *, alone: bool = False) -> EngineReport:
+        """Send the file again, to a new daemon, if the managed one goes away under it."""
         started = time.monotonic()
         if file.size > self.max_size:
             return self._unscannable(
@@ -334,6 +337,7 @@ class ClamAVEngine:
         raise Unavailable(f"clamd gave no verdict: {problem}", backend="clamav")
 
     def signatures(self) -> Signatures:
+        """Return what the daemon that serves now judges by."""
         return self._source.signatures()
 
     def _scan_alone(self, file: Spooled, started: float, deadline: float) -> EngineReport:

@@ -287,7 +287,7 @@ class Clamd:
         while True:
             try:
                 return self.current()
-            except Unavailable as error:
+            except Unavailable:
                 if time.monotonic() + pause > deadline or self._home.closing.is_set():
                     raise
                 if (self._home.base / "problem").exists():
@@ -516,7 +516,7 @@ class _Owner:
                     path.unlink(missing_ok=True)
 
     def _copy(self) -> tuple[Path, str]:
-        """Return a private copy of the signatures that the engine's user can read, and its digest."""
+        """Return a copy of the signatures that the engine's user can read, and its digest."""
         home = self._home
         folder = self._base / "sets" / _fresh_number()
         folder.mkdir(mode=0o755)

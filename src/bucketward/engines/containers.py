@@ -142,6 +142,16 @@ def kind(head: bytes) -> str:
     return "mail" if _MAIL.match(head) else ""
 
 
+def kind_of(fd: int, size: int) -> str:
+    """Return what container `fd` holds, with those told by something else than their beginning."""
+    name = kind(os.pread(fd, HEAD, 0))
+    if not name and size > 32_774 and os.pread(fd, 5, 32_769) in (b"CD001", b"BEA01"):
+        return "iso"
+    if not name and size > 512 and os.pread(fd, 4, size - 512) == b"koly":
+        return "dmg"
+    return name
+
+
 def _is_lzma(head: bytes) -> bool:
     """Tell the old .lzma format, which has no magic, by its unpacked size: unknown or sane."""
     size = head[5:13]

@@ -27,6 +27,10 @@ class Late(Exception):  # noqa: N818 - control flow between the modules of this 
     """The deadline passed, and the worker has been killed."""
 
 
+class Busy(Late):
+    """The deadline passed before a worker was free; nobody has looked at the file."""
+
+
 class Died(Exception):  # noqa: N818
     """The worker ended, or answered nonsense, and has been killed."""
 
@@ -64,7 +68,7 @@ class Workers:
         With `fresh` in a new one, which is thrown away.  Raises `Late` or `Died`.
         """
         if not self._free.acquire(timeout=max(0.0, deadline - time.monotonic())):
-            raise Late
+            raise Busy
         try:
             generation = self._generation
             worker = None if fresh else self._take(generation)

@@ -581,18 +581,22 @@ def _tags(result: ScanResult, policy: Policy) -> Mapping[str, str] | None:
     tags[names.date] = result.scanned_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     tags[names.result] = verdict.value
     tags.pop("", None)
-    return {name: tags[name] for name in _tag_names(names) if name in tags} or None
+    return {name: tags[name] for name in _tag_names(names) if tags.get(name)} or None
 
 
 def _joined(names: Iterable[str]) -> str:
     """Return the names that fit into one tag value, and how many more there are."""
-    unique = list(dict.fromkeys(tag_value(name) for name in names))
+    unique = [name for name in dict.fromkeys(tag_value(name) for name in names) if name]
+    text = ""
     for kept in range(len(unique), 0, -1):
-        more = len(unique) - kept
-        text = " ".join(unique[:kept]) + (f" +{more}" if more else "")
+        more = f" +{len(unique) - kept}" if kept < len(unique) else ""
+        text = " ".join(unique[:kept])
+        if kept == 1:
+            text = text[: 256 - len(more)]
+        text += more
         if len(text) <= 256:
-            return text
-    return ""
+            break
+    return text
 
 
 def _tag_names(names: TagNames) -> list[str]:

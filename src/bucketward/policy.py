@@ -101,7 +101,7 @@ class Policy:
     suspicious: str = "keep"
     error: str = "keep"
 
-    unscannable: Mapping[str, str] = NOTHING
+    unscannable: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     """Action by reason code, ``*`` for every other reason, else keep.  ``*`` does not speak for
     ``skipped``: nobody who says "do not scan these" means "move them all"."""
 
@@ -120,7 +120,7 @@ class Policy:
     tag_skipped: bool = False
     """Tag objects that are left out ``Unscannable``."""
 
-    classify: Mapping[str, str] = NOTHING
+    classify: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     """`Infected` or `Suspicious` by glob of ``signature`` or ``engine:signature``; the first glob
     that fits holds.  `Clean` is not offered: an engine may stop at its first hit, so nothing would
     be known of the rest of the file."""
@@ -312,6 +312,9 @@ def quarantine_key(
     return encoded[: _MAX_KEY - len(end)].decode("utf-8", "ignore") + end
 
 
+Layer = Mapping[str, Any]
+"""A part of a `Policy`, as plain JSON data."""
+
 _Problems = list[str]
 _Reader = Callable[[Any, str, _Problems], None]
 _LAYERS = ("global", "accounts", "regions", "buckets")
@@ -329,10 +332,10 @@ class Settings:
     Raises `ConfigError` with one problem per line, all of them at once, each with its path.
     """
 
-    global_: Mapping[str, Any] = NOTHING
-    accounts: Mapping[str, Mapping[str, Any]] = NOTHING
-    regions: Mapping[str, Mapping[str, Any]] = NOTHING
-    buckets: Mapping[str, Mapping[str, Any]] = NOTHING
+    global_: Layer = field(default_factory=dict)
+    accounts: Mapping[str, Layer] = field(default_factory=dict)
+    regions: Mapping[str, Layer] = field(default_factory=dict)
+    buckets: Mapping[str, Layer] = field(default_factory=dict)
     _resolved: dict[tuple[str, str, str], Policy] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -483,8 +486,12 @@ _IDENTITY = re.compile(r"[a-z][a-z0-9+.-]*://[^?#]*[^?#/]", re.DOTALL)
 _ENGINE = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
+def _is_sized(limits: EngineRule | Lists, size: int) -> bool:
+    return limits.min_size <= size and (limits.max_size is None or size <= limits.max_size)
+
+
 def _votes(rule: EngineRule, key: str, size: int, content_type: str) -> bool:
-    if size < rule.min_size or (rule.max_size is not None and size > rule.max_size):
+    if not _is_sized(rule, size):
         return False
     if rule.keys and not _any_glob(rule.keys, key):
         return False
@@ -528,9 +535,8 @@ def _fits(lists: Lists, thing: ObjectInfo | ObjectRef) -> str:
     for extension in lists.extensions:
         if lower.endswith("." + extension.lower().removeprefix(".")):
             return f"extension {extension}"
-    if _has_sizes(lists) and size is not None and size >= lists.min_size:
-        if lists.max_size is None or size <= lists.max_size:
-            return f"size {size}"
+    if size is not None and _has_sizes(lists) and _is_sized(lists, size):
+        return f"size {size}"
     if isinstance(thing, ObjectInfo):
         # S3 does not mention the class of what is in STANDARD.
         storage_class = thing.storage_class or "STANDARD"
@@ -575,18 +581,22 @@ def _tags(result: ScanResult, policy: Policy) -> Mapping[str, str] | None:
     tags[names.date] = result.scanned_at.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     tags[names.result] = verdict.value
     tags.pop("", None)
-    return {name: tags[name] for name in _tag_names(names) if name in tags} or None
+    return {name: tags[name] for name in _tag_names(names) if tags.get(name)} or None
 
 
 def _joined(names: Iterable[str]) -> str:
     """Return the names that fit into one tag value, and how many more there are."""
-    unique = list(dict.fromkeys(tag_value(name) for name in names))
+    unique = [name for name in dict.fromkeys(tag_value(name) for name in names) if name]
+    text = ""
     for kept in range(len(unique), 0, -1):
-        more = len(unique) - kept
-        text = " ".join(unique[:kept]) + (f" +{more}" if more else "")
+        more = f" +{len(unique) - kept}" if kept < len(unique) else ""
+        text = " ".join(unique[:kept])
+        if kept == 1:
+            text = text[: 256 - len(more)]
+        text += more
         if len(text) <= 256:
-            return text
-    return ""
+            break
+    return text
 
 
 def _tag_names(names: TagNames) -> list[str]:

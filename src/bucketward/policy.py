@@ -588,7 +588,7 @@ def _joined(names: Iterable[str]) -> str:
     """Return the names that fit into one tag value, and how many more there are."""
     unique = [name for name in dict.fromkeys(tag_value(name) for name in names) if name]
     text = ""
-    for kept in range(len(unique), 0, -1):
+    for kept in range(min(len(unique), 256), 0, -1):  # more cannot fit
         more = f" +{len(unique) - kept}" if kept < len(unique) else ""
         text = " ".join(unique[:kept])
         if kept == 1:

@@ -349,11 +349,12 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """Return the settings that `to_json` wrote, or an operator: ``{"global": {...},
-        "accounts": {id: {...}}, "regions": {name: {...}}, "buckets": {identity: {...}}}``.
+        """Return the settings that `to_json` wrote, or an operator.
 
-        An unknown name, a name given twice and a value of the wrong kind are `ConfigError`.
-        """  # noqa: D205 - the shape is the summary
+        ``{"global": {...}, "accounts": {id: {...}}, "regions": {name: {...}}, "buckets":
+        {identity: {...}}}``.  An unknown name, a name given twice and a value of the wrong kind are
+        `ConfigError`.
+        """
         problems: _Problems = []
         try:
             document = json.loads(

@@ -168,7 +168,17 @@ def _start(base: Path, daemons: list[subprocess.Popen[bytes]]) -> Ceph:
         daemons.append(daemon)
         return daemon
 
-    run("ceph-authtool", "--create-keyring", keyring, "--gen-key", "-n", "mon.", "--cap", "mon", "allow *")
+    run(
+        "ceph-authtool",
+        "--create-keyring",
+        keyring,
+        "--gen-key",
+        "-n",
+        "mon.",
+        "--cap",
+        "mon",
+        "allow *",
+    )
     for name in ("client.admin", "client.rgw", "osd.0"):
         caps = [word for kind in ("mon", "osd", "mgr") for word in ("--cap", kind, "allow *")]
         run("ceph-authtool", keyring, "--gen-key", "-n", name, *caps)

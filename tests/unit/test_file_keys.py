@@ -49,11 +49,11 @@ plain_keys = st.one_of(
     st.text(
         st.characters(exclude_categories=["Cs"], max_codepoint=0x10FDFF), min_size=1, max_size=300
     ),
-).filter(lambda key: "\0" not in key)
+).filter(lambda key: "\0" not in key and len(key.encode()) <= 1024)
 any_keys = st.one_of(
     st.lists(st.sampled_from(TEXTS + MARKS), min_size=1, max_size=12).map("".join),
     st.text(min_size=1),
-)
+).filter(lambda key: len(key.encode()) <= 1024)
 NAMES = [text.encode() for text in TEXTS + MARKS if "/" not in text]
 NAMES += [b"\xff", b"\xf4\x8f", b"\xf4\x8f\xb8", b"\xed\xa0\x80", b"\xc0\xaf", b"x" * 251]
 some_names = st.one_of(

@@ -90,6 +90,7 @@ def check_names(names: list[bytes]) -> None:
         ("k" * 300, [b"k" * 251 + MORE.encode(), b"k" * 49]),
         ("x" + "é" * 140, [b"x" + "é".encode() * 125 + MORE.encode(), "é".encode() * 15]),
         (escaped(b"\xff") + "a", [b"\xffa"]),
+        (escaped(QUOTE.encode()), [QUOTE.encode()]),
         (escaped(QUOTE.encode()) + "real", [f"{QUOTE}real".encode()]),
         (f"{QUOTE}a", [f"{QUOTE}{QUOTE}a".encode()]),
         (escaped(b"A"), [f"{QUOTE}{escaped(b'A')}".encode()]),
@@ -131,6 +132,8 @@ def test_any_key_has_a_path_of_its_own_or_none(key: str):
 @example([b"x" * 251 + MORE.encode(), b"shrt"])
 @example([b"x" * 251 + MORE.encode()] * 9)
 @example([MORE.encode(), MORE.encode()])
+@example([QUOTE.encode()])
+@example([QUOTE.encode() + escaped(QUOTE.encode()).encode()])
 def test_every_path_has_a_key_of_its_own(names: list[bytes]):
     key = key_of(names)
 

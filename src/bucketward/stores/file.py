@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
+from typing import Literal
 from urllib.parse import unquote_to_bytes, urlsplit
 
 from bucketward.errors import (
@@ -119,9 +120,10 @@ def names_of(key: str) -> list[bytes]:
     if not key or "\0" in key:
         message = f"{key[:40]!r} cannot be a file: it is empty or contains NUL"
         raise Unsupported(message, backend="file")
+    parts = key.split("/")
     names: list[bytes] = []
-    for part in key.split("/"):
-        names += _split(_name_of(part, is_first=not names))
+    for n, part in enumerate(parts):
+        names += _split(_name_of(part, _place(n, n == len(parts) - 1)))
     if key_of(names) != key:
         message = f"{key[:40]!r} spells out escapes of this store that mean another file"
         raise Unsupported(message, backend="file")
@@ -137,41 +139,54 @@ def key_of(names: Sequence[bytes]) -> str:
         while end < min(len(names) - 1, n + _MOST_PIECES) and names[end].endswith(_MORE_END):
             end += 1
         if end > n:
+            place = _place(n, end == len(names) - 1)
             pieces = [name[: -len(_MORE_END)] for name in names[n:end]]
-            part = _part_of(b"".join([*pieces, names[end]]), is_first=n == 0)
-            if _split(_name_of(part, is_first=n == 0)) == list(names[n : end + 1]):
+            part = _part_of(b"".join([*pieces, names[end]]), place)
+            if _split(_name_of(part, place)) == list(names[n : end + 1]):
                 parts.append(part)
                 n = end + 1
                 continue
-        parts.append(_part_of(names[n], is_first=n == 0))
+        parts.append(_part_of(names[n], _place(n, n == len(names) - 1)))
         n += 1
     return "/".join(parts)
 
 
-def _name_of(part: str, *, is_first: bool) -> bytes:
-    """Return the name of one component, which may be longer than names can be."""
-    if _is_natural(part, is_first=is_first):
+_Place = Literal["only", "first", "later"]
+"""Where a component stands in its key: there is no empty key, and ours is the first."""
+
+
+def _place(n: int, is_last: bool) -> _Place:
+    if n > 0:
+        return "later"
+    return "only" if is_last else "first"
+
+
+def _name_of(part: str, place: _Place) -> bytes:
+    """Return the name of one component: longer than names can be, or b"" if it can have none."""
+    if place == "only" and not part:
+        return b""
+    if _is_natural(part, place):
         return part.encode()
     # It may be what `_part_of` makes of a name that is not text; then that name it is.
     raw = b"".join(
         bytes([ord(char) - _BYTE]) if ord(char) >= _BYTE else char.encode() for char in part
     )
     is_name = 0 < len(raw) <= _NAME_MAX and not {0, 0x2F} & set(raw) and raw not in {b".", b".."}
-    is_private = is_first and raw == PRIVATE.encode()
-    if is_name and not is_private and _part_of(raw, is_first=is_first) == part:
+    is_private = place != "later" and raw == PRIVATE.encode()
+    if is_name and not is_private and _part_of(raw, place) == part:
         return raw
     return (_QUOTE + part).encode()
 
 
-def _part_of(name: bytes, *, is_first: bool) -> str:
+def _part_of(name: bytes, place: _Place) -> str:
     """Return the component that one name, or several joined, stand for."""
     text = name.decode("utf-8", "surrogateescape")
     is_text = text.isascii() or not _NO_TEXT.search(text)
-    if is_text and _is_natural(text, is_first=is_first):
+    if is_text and _is_natural(text, place):
         return text
     if text.startswith(_QUOTE):
         with suppress(UnicodeEncodeError):
-            if _name_of(text[1:], is_first=is_first) == name:
+            if _name_of(text[1:], place) == name:
                 return text[1:]
     return _NO_TEXT.sub(
         lambda found: "".join(
@@ -181,8 +196,8 @@ def _part_of(name: bytes, *, is_first: bool) -> str:
     )
 
 
-def _is_natural(part: str, *, is_first: bool) -> bool:
-    if part in {"", ".", ".."} or (is_first and part == PRIVATE):
+def _is_natural(part: str, place: _Place) -> bool:
+    if part in {"", ".", ".."} or (place != "later" and part == PRIVATE):
         return False
     return part.isascii() or not _MARK.search(part)
 
@@ -915,7 +930,8 @@ class _Walk:
                 log.debug("%r is no regular file and thus no object", base + entry.name)
                 continue
             if self._prefix and not is_open and not (is_dir and name.endswith(_MORE_END)):
-                text = base + _part_of(name, is_first=not self._path) + "/" * is_dir
+                place = _place(len(self._path), not is_dir)
+                text = base + _part_of(name, place) + "/" * is_dir
                 if not text.startswith(self._prefix) and not (
                     is_dir and self._prefix.startswith(text)
                 ):

@@ -128,6 +128,7 @@ class Kit:
             lambda protected, name: self.quarantine,
             threads=more.pop("threads", 4),
             drain=5,
+            poll=0.05,
             on_result=self.seen.append,
             **more,
         )

@@ -44,6 +44,9 @@ class Actor:
         `NotFound` if it vanished, `Unavailable` to try again; doing it all again is harmless.
         """
         result = scan.result
+        if not scan.is_pinned:
+            note = "nothing was done to the object: the store does not say what it is"
+            return Outcome(replace(result, tag_note=note))
         decision = decide(result, policy)
         tags = decision.tags or {}
         if decision.action == "keep":

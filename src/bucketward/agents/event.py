@@ -66,6 +66,7 @@ class EventAgent:
         threads: int = 8,
         max_deliveries: int = 5,
         drain: float = 25.0,
+        poll: float = 1.0,
         on_result: Callable[[ScanResult], None] = lambda _: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -78,6 +79,7 @@ class EventAgent:
         self._name = name
         self._max_deliveries = queue.max_deliveries or max_deliveries
         self._drain = drain
+        self._poll = poll
         self._on_result = on_result
         self._now = now
         self._actor = Actor(lambda result: results.record([result]))
@@ -140,7 +142,7 @@ class EventAgent:
                 self._stopping.wait(_OUTAGE_POLL)
                 continue
             try:
-                messages = self._queue.receive(at_once, 1.0)
+                messages = self._queue.receive(at_once, self._poll)
             except Error as error:
                 log.warning("cannot receive: %s", error)
                 self._stopping.wait(_OUTAGE_POLL)

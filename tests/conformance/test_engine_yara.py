@@ -16,7 +16,7 @@ from bucketward.interfaces import Engine
 from bucketward.model import Reason, Verdict
 from bucketward.testing.engine import EngineSuite, eicar, spool
 
-EICAR_RULE = "rule Eicar { strings: $a = { %s } condition: $a }\n" % eicar().hex()
+EICAR_RULE = f"rule Eicar {{ strings: $a = {{ {eicar().hex()} }} condition: $a }}\n"
 MORE = """
 private rule Marked { strings: $a = "marker-one" condition: $a }
 rule Mild : tag { meta: severity = "suspicious" condition: Marked }
@@ -80,7 +80,22 @@ class TestYaraEngine(EngineSuite):
             b"\x28\xb5\x2f\xfd" + bytes(20),
             bytes(32_769) + b"CD001" + bytes(2000),
         ],
-        ids=["zip", "7z", "tar", "tgz", "tbz", "txz", "rar4", "rar5", "pdf", "docx", "encrypted-docx", "mail", "zstd", "iso"],
+        ids=[
+            "zip",
+            "7z",
+            "tar",
+            "tgz",
+            "tbz",
+            "txz",
+            "rar4",
+            "rar5",
+            "pdf",
+            "docx",
+            "encrypted-docx",
+            "mail",
+            "zstd",
+            "iso",
+        ],
     )
     def test_a_container_is_never_fully_covered(self, engine: YaraEngine, body: bytes):
         report = self.judge(engine, body)

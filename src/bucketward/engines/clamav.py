@@ -125,7 +125,7 @@ class _Late(Exception):  # noqa: N818
 class _Session:
     """One IDSESSION, used by one thread at a time, one command in flight."""
 
-    __slots__ = ("_ancillary", "_socket", "_timeout", "daemon", "is_local", "number")
+    __slots__ = ("_socket", "_timeout", "daemon", "is_local", "number")
 
     def __init__(self, connection: socket.socket, daemon: Daemon | None) -> None:
         self._socket = connection
@@ -142,8 +142,13 @@ class _Session:
             self._limit(deadline)
             if self.is_local:
                 self._socket.sendall(b"zFILDES\0")
-                # The descriptor goes with a message of one byte (clamd(8)).
-                socket.send_fds(self._socket, [b"\0"], [file.fd])
+                # Opened anew: clamd moves the position, which a descriptor shares with its copies.
+                fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    # The descriptor goes with a message of one byte (clamd(8)).
+                    socket.send_fds(self._socket, [b"\0"], [fd])
+                finally:
+                    os.close(fd)
             else:
                 self._stream(file, deadline)
             return decode_reply(self._line(deadline), self.number)

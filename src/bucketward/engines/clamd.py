@@ -176,6 +176,8 @@ class _Home:
         self.uid = self.gid = -1
         self.hashes: dict[tuple[str, int, int, int], str] = {}
         self.in_use: Callable[[str], int] = lambda _: 0
+        self.ended: set[str] = set()
+        """The daemons that this process ended on purpose."""
         self.closing = threading.Event()
         self.wake = threading.Event()
         directory.mkdir(parents=True, exist_ok=True)
@@ -308,6 +310,7 @@ class Clamd:
 
     def recycle(self, daemon: Daemon) -> None:
         """End `daemon` now, whatever it does, and do not come back before it is out of service."""
+        self._home.ended.add(daemon.number)
         if _birth(daemon.pid) == daemon.born:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(daemon.pid, signal.SIGKILL)
@@ -489,12 +492,13 @@ class _Owner:
             process.stop()
 
     def _bury(self, process: _Process) -> None:
-        log.warning("clamav: clamd ended (%s) and is started again", process.problem())
+        if process.number not in self._home.ended:
+            log.warning("clamav: clamd ended (%s) and is started again", process.problem())
+            # One that lived for a while may start at once; one that did not has to wait.
+            self._failures = 0 if process.age() > 5 else min(self._failures + 1, 6)
         with contextlib.suppress(OSError):
             if (self._base / "current").readlink() == Path(process.number):
                 (self._base / "current").unlink()
-        # One that lived for a while may start at once; one that did not has to wait.
-        self._failures = 0 if process.age() > 5 else min(self._failures + 1, 6)
         process.stop()
 
     def _sweep(self) -> None:
@@ -635,6 +639,7 @@ class _Process:
         fresh.replace(self._base / "current")
 
     def stop(self) -> None:
+        self._home.ended.discard(self.number)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

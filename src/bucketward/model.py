@@ -101,8 +101,8 @@ class ObjectInfo:
     token: str = ""
     tag_count: int | None = None
     storage_class: str = ""
-    metadata: Mapping[str, str] = NOTHING
-    headers: Mapping[str, str] = NOTHING
+    metadata: Mapping[str, str] = field(default_factory=lambda: NOTHING)
+    headers: Mapping[str, str] = field(default_factory=lambda: NOTHING)
     is_latest: bool = True
 
     @property
@@ -336,7 +336,7 @@ class Note:
     type: str
     subject: str
     body: str
-    attributes: Mapping[str, str] = NOTHING
+    attributes: Mapping[str, str] = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,7 +351,7 @@ class BucketInfo:
     is_public: bool | None = None
     encryption: str | None = None
     requester_pays: bool | None = None
-    tags: Mapping[str, str] = NOTHING
+    tags: Mapping[str, str] = field(default_factory=lambda: NOTHING)
 
 
 @dataclass(frozen=True, slots=True)

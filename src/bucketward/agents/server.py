@@ -117,7 +117,7 @@ def _guarded(header_seconds: float, connections: int) -> type[H11Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
             super().connection_made(transport)
-            # A path may hold a secret, and the setting of uvicorn only silences its own handlers.
+            # A path may hold a secret; access_log=False fails where the logger has a handler.
             self.access_log = False
             if len(self.connections) > connections:
                 transport.abort()

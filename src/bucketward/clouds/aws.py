@@ -24,10 +24,11 @@ from botocore.credentials import Credentials as BotoCredentials
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    HTTPClientError,
+    CredentialRetrievalError,
     NoCredentialsError,
     ParamValidationError,
     PartialCredentialsError,
+    ProfileNotFound,
 )
 
 from bucketward.errors import (
@@ -238,7 +239,7 @@ class AwsCloud:
                 return None
 
         versioning = ask(self._s3.get_bucket_versioning)
-        payment = ask(self._s3.get_bucket_request_payment)
+        payer = (ask(self._s3.get_bucket_request_payment) or {}).get("Payer")
         tagging = ask(self._s3.get_bucket_tagging)
         return BucketInfo(
             bucket=bucket,
@@ -248,7 +249,7 @@ class AwsCloud:
             has_versions=None if versioning is None else versioning.get("Status") == "Enabled",
             is_public=self._is_public(ask),
             encryption=_encryption(ask(self._s3.get_bucket_encryption)),
-            requester_pays=payment["Payer"] == "Requester" if payment else None,
+            requester_pays=payer and payer == "Requester",
             tags=_tags(tagging or {}),
         )
 
@@ -1050,20 +1051,23 @@ def _translating(what: str) -> Iterator[None]:
         yield
     except ClientError as error:
         raise _translated(what, error) from error
-    except (NoCredentialsError, PartialCredentialsError) as error:
+    except (
+        NoCredentialsError,
+        PartialCredentialsError,
+        CredentialRetrievalError,
+        ProfileNotFound,
+    ) as error:
         raise Denied(
             f"{what}: no credentials for AWS; give this machine a role, or set a profile or keys",
             backend="aws",
         ) from error
     except ParamValidationError as error:
         raise Unsupported(f"{what}: AWS does not take such a value", backend="aws") from error
-    except HTTPClientError as error:
+    except BotoCoreError as error:
         raise Unavailable(
             f"{what}: AWS cannot be reached ({type(error).__name__}); it will be tried again",
             backend="aws",
         ) from error
-    except BotoCoreError as error:
-        raise Unavailable(f"{what}: {type(error).__name__}", backend="aws") from error
 
 
 def _translated(what: str, error: ClientError) -> Error:
@@ -1083,7 +1087,7 @@ def _translated(what: str, error: ClientError) -> Error:
         return Changed(f"{what} is there already", backend="aws")
     if code in _NOT_FOUND or status == 404:
         return NotFound(f"{what}: there is none ({operation}: {code})", backend="aws")
-    if code in _UNAVAILABLE or status == 429 or status >= 500:
+    if code in _UNAVAILABLE or status == 429 or (status >= 500 and status != 501):
         return Unavailable(f"{what}: {operation} failed ({code}); try again", backend="aws")
     if code in _DENIED or status in (401, 403):
         named = re.search(r"not authorized to perform: ([a-z0-9-]+:[A-Za-z]+)", said)

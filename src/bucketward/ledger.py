@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from bucketward.errors import Changed, ConfigError, Unavailable
-from bucketward.interfaces import State
+from bucketward.interfaces import Queue, State
 from bucketward.model import (
     Add,
     Delete,
@@ -437,6 +437,25 @@ class Ledger:
         return [json.loads(record.body) for record in page.items]
 
 
+class QueuedResults:
+    """Sends results to a keeper elsewhere; recorded means durable in that queue."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def record(self, results: Sequence[ScanResult]) -> None:
+        """Send the results; see `Results.record`."""
+        self._queue.send([dump_result(result) for result in results])
+
+    def forget(self, refs: Sequence[ObjectRef]) -> None:
+        """Send word that these objects are gone."""
+        self._queue.send([dump_gone(ref) for ref in refs])
+
+    def ping(self) -> None:
+        """Prove that the queue can be reached."""
+        self._queue.ping()
+
+
 @dataclass(frozen=True, slots=True)
 class _Changes:
     """What one result writes; `records[0]` is the result itself."""
@@ -585,6 +604,20 @@ def _dump_report(report: EngineReport) -> dict[str, Any]:
         "seconds": round(report.seconds, 6),
         "message": report.message,
     }
+
+
+def dump_gone(ref: ObjectRef) -> str:
+    """Return the word that an object is gone, as the results queue carries it."""
+    return json.dumps({"gone": [ref.bucket, ref.key, ref.version_id]})
+
+
+def load_gone(text: str) -> ObjectRef | None:
+    """Return the object that `dump_gone` wrote about, `None` for anything else."""
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or "gone" not in fields:
+        return None
+    bucket, key, version_id = fields["gone"]
+    return ObjectRef(bucket, key, version_id)
 
 
 def load_result(text: str) -> ScanResult:

@@ -127,6 +127,7 @@ class Scanner:
         """
         started = time.monotonic()
         slot: Slot | None = None
+        pin: ObjectInfo | None
 
         def accept(info: ObjectInfo) -> int:
             nonlocal slot

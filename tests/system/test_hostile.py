@@ -99,7 +99,21 @@ def test_an_infection_in_ten_archives_is_found(engine: ClamAVEngine):
         hostile.pdf,
         hostile.ooxml,
     ],
-    ids=["zip", "zip-bz2", "zip-behind-script", "7z", "tar", "tgz", "txz", "gz", "gz-twice", "bz2", "xz", "pdf", "docx"],
+    ids=[
+        "zip",
+        "zip-bz2",
+        "zip-behind-script",
+        "7z",
+        "tar",
+        "tgz",
+        "txz",
+        "gz",
+        "gz-twice",
+        "bz2",
+        "xz",
+        "pdf",
+        "docx",
+    ],
 )
 def test_a_whole_container_is_judged_by_what_is_in_it(engine: ClamAVEngine, make):
     clean = judge(engine, make(b"nothing to see" * 2000))

@@ -128,7 +128,10 @@ def test_of_three_keepers_one_does_the_work():
     kit = Kit()
     swept = []
     real = kit.store.inner.list
-    kit.store.inner.list = lambda *a, **k: (swept.append(threading.current_thread()), real(*a, **k))[1]
+    kit.store.inner.list = lambda *a, **k: (
+        swept.append(threading.current_thread()),
+        real(*a, **k),
+    )[1]
     keepers = []
     for i in range(3):
         keeper = kit.keeper(sweep_every=0.2, sweep_older=0)

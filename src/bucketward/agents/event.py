@@ -68,6 +68,7 @@ class EventAgent:
         drain: float = 25.0,
         poll: float = 1.0,
         on_result: Callable[[ScanResult], None] = lambda _: None,
+        on_ready: Callable[[], None] = lambda: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._queue = queue
@@ -81,6 +82,7 @@ class EventAgent:
         self._drain = drain
         self._poll = poll
         self._on_result = on_result
+        self._on_ready = on_ready
         self._now = now
         self._actor = Actor(lambda result: results.record([result]))
         self._inbox: inboxes.Queue[_Work | None] = inboxes.Queue()
@@ -89,6 +91,7 @@ class EventAgent:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._limit = 3 * threads  # in the workers' hands, and an inbox twice as long
+        self._not_ready = ""
         self._given_back: OrderedDict[str, int] = OrderedDict()
         self._stopping = threading.Event()
         self._ready = threading.Event()
@@ -164,10 +167,14 @@ class EventAgent:
         try:
             self._scanner.ping()
             self._results.ping()
+            self._on_ready()
         except Error as error:
-            log.warning("not receiving: %s", error)
+            if str(error) != self._not_ready:
+                self._not_ready = str(error)
+                log.warning("not receiving yet: %s", error)
             return False
         log.info("ready")
+        self._not_ready = ""
         self._ready.set()
         return True
 

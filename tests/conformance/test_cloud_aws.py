@@ -336,9 +336,8 @@ def test_two_installations_on_one_bucket_do_not_disturb_each_other(moto, cloud, 
         "{arn}",
         "{url}",
         "https://sqs.eu-west-1.amazonaws.com/123456789012/{name}",
-        "sqs://sqs.eu-west-1.amazonaws.com/123456789012/{name}",
-        "sqs://{name}",
-        "sqs://{name}?region=eu-west-1",
+        "sqs://eu-west-1/123456789012/{name}",
+        "sqs://eu-west-1/{name}?endpoint=http://127.0.0.1:1&lease=30",
     ],
 )
 def test_a_queue_is_named_by_its_arn_its_url_or_its_name(moto, cloud, name, queue, form):
@@ -358,7 +357,9 @@ def test_a_queue_that_events_cannot_reach_is_refused_with_advice(moto, cloud, na
         (fifo, "FIFO"),
         (encrypted, "SSE-SQS"),
         ("sqlite:///queue.db", "SQS"),
-        ("sqs://a/b", "SQS"),
+        ("sqs://eu-west-1", "SQS"),
+        ("sqs://eu-west-1/222222222222/q", "another account"),
+        ("sqs://eu-west-1/x/q", "SQS"),
         ("https://evil.example/", "SQS"),
         ("", "SQS"),
     ]:

@@ -3,6 +3,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from urllib.parse import quote, unquote_to_bytes, urlsplit
 
 import pytest
 
@@ -180,3 +181,29 @@ def test_a_url_of_something_else_is_refused():
     for url in ("local://host/x", "file:///x", "local:x", "local:///x?y=1"):
         with pytest.raises(ConfigError):
             open_local(url)
+
+
+@pytest.mark.parametrize("name", ["a b", "50%", "q?x=1", "#1", "ünï", "line\nbreak", "bad\udcff"])
+def test_a_directory_has_one_identity_however_its_url_is_written(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    cloud = LocalCloud(tmp_path, [folder.as_uri()])
+
+    (bucket,) = cloud.buckets()
+
+    assert cloud.describe(bucket).bucket == bucket
+    assert cloud.describe(folder.as_uri()).bucket == bucket
+    assert cloud.enrol(folder.as_uri(), "q") == "watch"
+    assert cloud.buckets() == [bucket]
+    assert urlsplit(bucket)[2:] == (bucket.removeprefix("file://"), "", "")
+    assert unquote_to_bytes(bucket.removeprefix("file://")) == os.fsencode(folder)
+
+
+def test_a_data_directory_of_an_unusual_name_is_opened(tmp_path):
+    data = tmp_path / "my data 100%"
+    data.mkdir()
+
+    made = open_local("local://" + quote(str(data))).make_quarantine(QuarantineSpec("quarantine"))
+
+    assert (data / "quarantine").is_dir()
+    assert made == f"file://{tmp_path}/my data 100%25/quarantine"

@@ -132,8 +132,9 @@ def open_aws(url: str, credentials: CredentialsProvider | None = None) -> AwsClo
 class AwsCloud:
     """One account in one region, by boto3.
 
-    A queue is named by its ARN (``arn:aws:sqs:...``), by its URL, or as ``sqs://`` and the URL's
-    rest; it has to belong to this account and may lie in another region (SNS only).
+    A queue is named as the SQS backend is (``sqs://region/account/name``, where the account may
+    be left out), by its ARN or by its URL at AWS.  It has to belong to this account; it may lie
+    in another region, but then only the route ``sns`` leads to it.
 
     `enrol` takes the route ``sns`` (bucket -> one topic per queue -> queue) unless a notification
     of the owner for created objects is in the way, as S3 refuses two rules for the same event
@@ -841,22 +842,25 @@ def _bucket_name(bucket: str) -> str:
 
 
 def _parse_queue(queue: str, partition: str, account: str, region: str) -> _Queue:
-    """Read an ARN, a URL, or ``sqs://`` before the rest of a URL or before a mere name."""
-    if found := re.fullmatch(r"arn:[a-z-]+:sqs:([a-z0-9-]+):([0-9]{12}):([\w.-]{1,80})", queue):
+    if found := re.fullmatch(r"arn:[a-z-]+:sqs:([a-z0-9-]+):([0-9]{12}):([A-Za-z0-9_.-]+)", queue):
         return _Queue(queue, found[1], found[2], found[3])
     parts = urlsplit(queue)
-    path = [part for part in parts.path.split("/") if part]
-    name = ""
-    if parts.scheme in ("sqs", "http", "https") and len(path) >= 2:
+    path, name = parts.path.strip("/").split("/"), ""
+    if parts.scheme == "sqs" and len(path) <= 2:
+        region, account, name = parts.netloc, *[account, *path][-2:]
+    elif parts.scheme in ("http", "https") and len(path) >= 2:
         account, name = path[-2:]
         if found := re.fullmatch(r"sqs\.([a-z0-9-]+)\.amazonaws\.com(\.cn)?", parts.netloc):
             region = found[1]
-    elif parts.scheme == "sqs" and not path:
-        name = parts.netloc
-    region = dict(parse_qsl(parts.query)).get("region", region)
-    if not re.fullmatch(r"[0-9]{12}", account) or not re.fullmatch(r"[\w.-]{1,80}", name):
+    if (
+        not re.fullmatch(r"[a-z0-9-]+", region)
+        or not re.fullmatch(r"[0-9]{12}", account)
+        or not re.fullmatch(r"[A-Za-z0-9_.-]+", name)
+    ):
         raise Unsupported(
-            "events of S3 go to an SQS queue, named by its ARN or its URL", backend="aws"
+            "events of S3 go to an SQS queue, named by sqs://region/account/name, its ARN or its "
+            "URL",
+            backend="aws",
         )
     return _Queue(f"arn:{partition}:sqs:{region}:{account}:{name}", region, account, name)
 

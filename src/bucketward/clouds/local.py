@@ -12,7 +12,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from bucketward.errors import ConfigError, Denied, Error, NotFound, Unavailable, Unsupported
 from bucketward.model import BucketInfo, QuarantineSpec
@@ -31,11 +31,11 @@ def open_local(url: str, buckets: Iterable[str] = ()) -> LocalCloud:
     parts = urlsplit(url)
     if parts.scheme != "local" or parts.netloc or not parts.path.startswith("/") or parts.query:
         raise ConfigError("the local cloud is named local:///its/data/directory", backend="local")
-    return LocalCloud(parts.path, buckets)
+    return LocalCloud(os.fsdecode(unquote_to_bytes(parts.path)), buckets)
 
 
 class LocalCloud:
-    """Directories of this machine, each named ``file://`` and its absolute path.
+    """Directories of this machine, each named as the file store does: ``file:///absolute/path``.
 
     It knows the `buckets` it was given and those enrolled since; it looks for no others.  `enrol`
     answers ``watch``: there is nobody to announce a new file, so an agent has to watch for it.
@@ -47,7 +47,7 @@ class LocalCloud:
 
     def __init__(self, data_dir: str | Path, buckets: Iterable[str] = ()) -> None:
         self._data = Path(data_dir).absolute()
-        self._given = tuple(dict.fromkeys(buckets))
+        self._given = tuple(dict.fromkeys(_identity(_path(bucket)) for bucket in buckets))
         self._enrolled: dict[str, None] = {}
         self._lock = threading.Lock()
 
@@ -55,7 +55,7 @@ class LocalCloud:
         with _translating(str(self._data)):
             if not stat.S_ISDIR(self._data.stat().st_mode):
                 raise NotADirectoryError(errno.ENOTDIR, "not a directory")
-        if not os.access(self._data, os.R_OK | os.W_OK | os.X_OK):
+        if not os.access(self._data, os.R_OK | os.W_OK | os.X_OK, effective_ids=True):
             raise Denied(
                 f"{self._data} cannot be written to; give it to the user that Bucketward runs as",
                 backend="local",
@@ -74,7 +74,7 @@ class LocalCloud:
         """Return what there is: whom the world outside this machine lets in, we cannot tell."""
         mode = self._look(bucket).st_mode
         return BucketInfo(
-            bucket,
+            _identity(_path(bucket)),
             account=self.account,
             region=self.region,
             has_versions=False,
@@ -85,12 +85,12 @@ class LocalCloud:
     def enrol(self, bucket: str, queue: str) -> str:  # noqa: ARG002 - the watcher knows its queue
         self._look(bucket)
         with self._lock:
-            self._enrolled[bucket] = None
+            self._enrolled[_identity(_path(bucket))] = None
         return "watch"
 
     def withdraw(self, bucket: str) -> None:
         with self._lock:
-            self._enrolled.pop(bucket, None)
+            self._enrolled.pop(_identity(_path(bucket)), None)
 
     def make_quarantine(self, spec: QuarantineSpec) -> str:
         """Make the directory with mode 0700; one that is a bucket already is somebody else's.
@@ -111,7 +111,7 @@ class LocalCloud:
                 backend="local",
             )
         path = self._data / spec.name
-        bucket = f"file://{path}"
+        bucket = _identity(path)
         with self._lock:
             is_bucket = bucket in self._given or bucket in self._enrolled
         if is_bucket:
@@ -152,14 +152,14 @@ class LocalCloud:
         self._look(bucket)
         path = _path(bucket)
         missing = []
-        if not os.access(path, os.R_OK | os.X_OK):
+        if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
             missing.append("read")
         try:
             handle = os.open(path, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
             # Some file systems have no nameless files (EOPNOTSUPP, or EISDIR from old kernels).
             is_unknown = error.errno in (errno.EOPNOTSUPP, errno.EISDIR)
-            if not (is_unknown and os.access(path, os.W_OK | os.X_OK)):
+            if not (is_unknown and os.access(path, os.W_OK | os.X_OK, effective_ids=True)):
                 missing.append("write")
             elif not _keeps_attributes(path):
                 missing.append("xattr")
@@ -185,10 +185,21 @@ class LocalCloud:
 
 
 def _path(bucket: str) -> Path:
-    scheme, _, path = bucket.partition("://")
-    if scheme != "file" or not path.startswith("/") or "\0" in path:
+    scheme, _, rest = bucket.partition("://")
+    path = unquote_to_bytes(rest)
+    if scheme != "file" or not path.startswith(b"/") or b"\0" in path:
         raise NotFound(f"{bucket[:80]!a} is not file:// and an absolute path", backend="local")
-    return Path(path)
+    return Path(os.path.abspath(os.fsdecode(path)))  # noqa: PTH100 - resolve() would follow links
+
+
+def _identity(path: Path) -> str:
+    """Return the URL of a directory, as the file store writes it: only the needful is encoded."""
+    text = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return "file://" + re.sub(
+        "[%?#\x00-\x1f\x7f\udc80-\udcff]",
+        lambda found: f"%{found[0].encode('utf-8', 'surrogateescape')[0]:02X}",
+        text,
+    )
 
 
 def _keeps_attributes(path: Path) -> bool:

@@ -619,8 +619,8 @@ def test_a_directory_that_may_not_be_read_is_named_when_all_else_is_listed(
 
 def test_what_may_not_be_done_is_denied_with_what_is_missing(store: FileStore, root: Path):
     pin = put(store, "k", b"x")
-    root.chmod(0o755)
-    (root / "k").chmod(0o644)
+    (root / "k").chmod(0o444)
+    root.chmod(0o555)
 
     with as_nobody():
         assert keys_in(store) == ["k"]
@@ -632,6 +632,7 @@ def test_what_may_not_be_done_is_denied_with_what_is_missing(store: FileStore, r
             with pytest.raises(Denied) as caught:
                 attempt()
             assert caught.value.reason == reason
+    root.chmod(0o755)
     (root / "k").chmod(0)
     with as_nobody(), pytest.raises(Denied) as caught:
         fetch(store, ObjectRef(store.bucket, "k"))
@@ -727,10 +728,10 @@ def test_opening_and_listing_write_nothing(root: Path):
 
 
 def test_ping_tells_what_is_wrong(store: FileStore, root: Path):
-    root.chmod(0o755)
-    with as_nobody(), pytest.raises(Error) as caught:
+    root.chmod(0o555)
+    with as_nobody(), pytest.raises(Denied):
         store.ping()
-    assert isinstance(caught.value, Denied)
+    root.chmod(0o755)
     root.rename(f"{root}-old")
     with pytest.raises(NotFound):
         store.ping()

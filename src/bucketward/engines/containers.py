@@ -443,22 +443,22 @@ def _7z_unpack(data: mmap.mmap, header: bytes) -> bytes:
         raise Problem(Reason.ARCHIVE_LIMIT, "the directory of the 7z archive is too large")
     if code == b"\x00":
         return packed
-    if code != b"\x03\x01\x01" or len(coders) != 1:
+    if len(coders) != 1 or code not in (b"\x03\x01\x01", b"\x21"):
         raise _unopened("the directory of the 7z archive is packed in an unknown way")
-    first, dictionary = properties[0], struct.unpack("<I", properties[1:5])[0]
-    unpacker = lzma.LZMADecompressor(
-        lzma.FORMAT_RAW,
-        filters=[
-            {
-                "id": lzma.FILTER_LZMA1,
-                "dict_size": min(max(dictionary, 4096), 256 << 20),
-                "lc": first % 9,
-                "lp": first // 9 % 5,
-                "pb": first // 45,
-            }
-        ],
-    )
-    return unpacker.decompress(packed, plain)
+    packing: dict[str, int]
+    if code == b"\x21":
+        # As large as the directory is enough; what is asked for may be 4 GiB.
+        packing = {"id": lzma.FILTER_LZMA2, "dict_size": max(plain, 4096)}
+    else:
+        first, dictionary = properties[0], struct.unpack("<I", properties[1:5])[0]
+        packing = {
+            "id": lzma.FILTER_LZMA1,
+            "dict_size": min(max(dictionary, 4096), max(plain, 4096)),
+            "lc": first % 9,
+            "lp": first // 9 % 5,
+            "pb": first // 45,
+        }
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[packing]).decompress(packed, plain)
 
 
 class _Reader:

@@ -123,7 +123,7 @@ def test_a_whole_container_is_judged_by_what_is_in_it(engine: ClamAVEngine, make
 
 
 def _streamed_zip() -> bytes:
-    """A zip written to a pipe: sizes stand behind the members."""
+    """Return a zip as written to a pipe: sizes stand behind the members."""
 
     class Pipe(io.RawIOBase):
         def __init__(self):
@@ -151,7 +151,7 @@ def _zip64() -> bytes:
 
 
 def _odd_tar() -> bytes:
-    """No end blocks, links, long names, and a last member without padding."""
+    """Return one with no end blocks, links, long names, and a last member without padding."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as archive:
         link = tarfile.TarInfo("link")
@@ -176,6 +176,10 @@ def _odd_tar() -> bytes:
         hostile.pdf(b"x") + b"\r\n\0\0\0",
         hostile.pdf(b"x") + b"<!-- a web server's comment -->" * 100,
         b"PK is not always a zip",
+        b"BZhello",
+        b"LZIP is a program",
+        b"A text about %PDF-1.4 and its syntax: 1 0 obj\n",
+        b"HTTP/1.1 200 OK\n\n" + hostile.pdf(b"x"),
         b"BZ",
         b"\x1f",
         b"\xff\xd8\xff\xe0" + b"JFIF" * 50,
@@ -408,10 +412,20 @@ RUBBISH: dict[str, Callable[[socket.socket], object]] = {
 }
 
 
+def stream(connection: socket.socket) -> bytes:
+    """Return what comes by INSTREAM."""
+    assert connection.recv(10, socket.MSG_WAITALL) == b"zINSTREAM\0"
+    body = b""
+    while size := int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "big"):
+        body += connection.recv(size, socket.MSG_WAITALL)
+    return body
+
+
 @contextmanager
 def talker(say: Callable[[socket.socket], object]) -> Iterator[int]:
-    """Listen like clamd, pass the first test that a client makes, then `say` something."""
+    """Listen like clamd, pass the tests that a client makes first, then `say` something."""
     stopping = threading.Event()
+    heard = threading.Event()
 
     def serve(connection: socket.socket) -> None:
         with connection:
@@ -421,15 +435,15 @@ def talker(say: Callable[[socket.socket], object]) -> Iterator[int]:
                 if head.startswith(b"zVERSION"):
                     connection.sendall(b"ClamAV 1.4.6\0")
                     return
-                data = b""
-                while not data.endswith(bytes(4)):
-                    data += connection.recv(65_536)
-                if b"PK\3\4" in data:
+                if b"PK\3\4" in stream(connection):
                     connection.sendall(
                         b"1: stream: Heuristics.Limits.Exceeded.MaxRecursion FOUND\0"
                     )
+                    stream(connection)
+                    connection.sendall(b"2: stream: Heuristics.Encrypted.Zip FOUND\0")
                     connection.recv(1)
                     return
+                heard.set()
                 say(connection)
             except OSError:
                 return
@@ -451,6 +465,7 @@ def talker(say: Callable[[socket.socket], object]) -> Iterator[int]:
         finally:
             stopping.set()
             thread.join()
+    assert heard.is_set()
 
 
 @pytest.mark.parametrize("say", RUBBISH.values(), ids=RUBBISH)
@@ -521,14 +536,57 @@ def test_scans_go_on_while_signatures_change(tmp_path):
             return seen
 
         work = [threads.submit(scan) for _ in range(4)]
-        for number in range(3):
-            before = engine.signatures()
-            (source / f"{number}.ndb").write_text(f"New.{number}:0:*:{os.urandom(8).hex()}\n")
-            until(lambda before=before: engine.signatures() != before)
-        stop.set()
+        try:
+            judge(engine, b"warm")
+            for number in range(3):
+                before = engine.signatures()
+                (source / f"{number}.ndb").write_text(f"New.{number}:0:*:{os.urandom(8).hex()}\n")
+                until(lambda before=before: engine.signatures() != before)
+        finally:
+            stop.set()
         verdicts = set().union(*(future.result() for future in work))
 
     assert verdicts == {Verdict.INFECTED}
+
+
+def test_new_signatures_are_loaded_where_memory_holds_one_set_only(tmp_path, monkeypatch, caplog):
+    source = tmp_path / "signatures"
+    source.mkdir()
+    (source / "one.ndb").write_text("One:0:*:" + b"number-one".hex() + "\n")
+    monkeypatch.setattr("bucketward.engines.clamd._memory_available", lambda: 0)
+    with managed(tmp_path / "data", source) as engine:
+        before = judge(engine, b"number-two").signatures
+        (source / "two.ndb").write_text("Two:0:*:" + b"number-two".hex() + "\n")
+        until(lambda: "are available" in caplog.text)
+        after = judge(engine, b"number-two")
+        (source / "three.ndb").write_text("no signature\0\xff")
+        until(lambda: "does not start" in caplog.text)
+        until(lambda: judge(engine, b"number-two").signatures == after.signatures)
+
+    assert before != after.signatures
+    assert after.verdict is Verdict.INFECTED
+
+
+def test_signatures_that_are_all_broken_are_named_as_the_problem(tmp_path):
+    source = tmp_path / "signatures"
+    source.mkdir()
+    (source / "bad.ndb").write_text("this is : no signature\n")
+    with managed(tmp_path / "data", source) as engine:
+        with pytest.raises(Unavailable, match="does not start with the signatures"):
+            judge(engine, b"x", 20)
+        (source / "bad.ndb").write_text("Good:0:*:" + b"good-one".hex() + "\n")
+        until(lambda: not _unavailable(engine))
+        report = judge(engine, b"good-one")
+
+    assert report.verdict is Verdict.INFECTED
+
+
+def _unavailable(engine: ClamAVEngine) -> bool:
+    try:
+        engine.ping()
+    except Unavailable:
+        return True
+    return False
 
 
 def test_clamd_has_no_rights_and_no_secrets(tmp_path, monkeypatch):
@@ -579,7 +637,7 @@ def test_processes_share_one_clamd_and_the_next_takes_over(tmp_path):
             owner.wait()
             until(lambda: not daemon.is_running() or daemon.status() == psutil.STATUS_ZOMBIE)
             after = judge(engine, eicar())
-            heir = daemon_of(engine)
+            assert daemon_of(engine).ppid() == os.getpid()
     finally:
         owner.kill()
         owner.wait()
@@ -587,7 +645,6 @@ def test_processes_share_one_clamd_and_the_next_takes_over(tmp_path):
 
     assert before.verdict is after.verdict is Verdict.INFECTED
     assert before.signatures == after.signatures
-    assert heir.ppid() == os.getpid() or not heir.is_running()
 
 
 def test_nothing_is_left_running_or_lying_about(tmp_path):
@@ -595,7 +652,11 @@ def test_nothing_is_left_running_or_lying_about(tmp_path):
         judge(engine, hostile.zipped({"a": eicar()}))
         judge(engine, hostile.zipped({"a": b"clean"}))
         judge(engine, hostile.nested(b"x", 42))
+        daemon = daemon_of(engine)
+        workers = [worker._process.pid for worker in engine._examiner._workers._idle]
     left = [path.name for path in (tmp_path / "clamd").rglob("*") if path.is_file()]
 
-    assert not [child for child in psutil.Process().children() if "clamd" in child.name()]
+    assert not daemon.is_running()
+    assert len(workers) == 1
+    assert not psutil.pid_exists(workers[0])
     assert left in ([], ["lock"])

@@ -65,6 +65,8 @@ A value is a `Verdict`, or the `Reason` of an Unscannable."""
 
 _REPLY_LIMIT = 4096
 _CHUNK = 256 * 1024
+_SETTLED = 900.0
+"""Seconds after which an external clamd has loaded what lies there (SelfCheck: 600)."""
 _PATIENCE = 5
 """How often a scan is begun anew because the daemon went away under it."""
 
@@ -315,13 +317,15 @@ class ClamAVEngine:
         if alone:
             return self._scan_alone(file, started, deadline)
         suspected = False
+        deaths = 0
         for _ in range(_PATIENCE):
             with self._gate.enter(deadline, alone=suspected):
                 session = self._session(deadline)
+                signatures = self._judged_by(session)
                 try:
                     reply = session.scan(file, deadline)
                 except _Late:
-                    return self._late(session, started)
+                    return self._late(session, signatures, started)
                 except _Broken as error:
                     self._drop(session)
                     problem = error
@@ -332,12 +336,17 @@ class ClamAVEngine:
                         self._recycle(session.daemon)
                     # The daemon was ended for another file's sake, or it died: of one of the
                     # files it had.  Each of those goes again by itself, so that one dies alone.
-                    suspected = (
+                    if (
                         session.daemon is not None
                         and session.daemon.number not in self._ended_by_us
-                    )
+                    ):
+                        deaths += suspected
+                        suspected = True
+                    # Another process may have been the cause once, not twice.
+                    if deaths == 2:
+                        break
                     continue
-                signatures = self._keep(session)
+                self._keep(session)
             return self._report(file, reply, signatures, started, deadline)
         raise Unavailable(f"clamd gave no verdict: {problem}", backend="clamav")
 
@@ -353,11 +362,11 @@ class ClamAVEngine:
             while self._idle:
                 self._idle.pop().close()
             session = self._session(deadline)
-            signatures = session.daemon.signatures if session.daemon else self._source.signatures()
+            signatures = self._judged_by(session)
             try:
                 reply = session.scan(file, deadline)
             except _Late:
-                return self._late(session, started)
+                return self._late(session, signatures, started)
             except _Broken as error:
                 self._drop(session)
                 return EngineReport(
@@ -391,10 +400,13 @@ class ClamAVEngine:
                 self._in_use[number] = self._in_use.get(number, 0) + 1
         return session
 
-    def _keep(self, session: _Session) -> Signatures:
+    def _judged_by(self, session: _Session) -> Signatures:
+        """Return what a scan that begins now is judged by, or by something newer."""
+        return session.daemon.signatures if session.daemon else self._source.signatures()
+
+    def _keep(self, session: _Session) -> None:
         self._done_with(session)
         self._idle.append(session)
-        return session.daemon.signatures if session.daemon else self._source.signatures()
 
     def _drop(self, session: _Session) -> None:
         self._done_with(session)
@@ -418,12 +430,11 @@ class ClamAVEngine:
         self._ended_by_us.add(daemon.number)
         self._managed.clamd.recycle(daemon)
 
-    def _late(self, session: _Session, started: float) -> EngineReport:
+    def _late(self, session: _Session, signatures: Signatures, started: float) -> EngineReport:
         self._drop(session)
         if session.daemon is not None:
             log.warning("clamav: a file took too long; clamd is started anew")
             self._recycle(session.daemon)
-        signatures = session.daemon.signatures if session.daemon else self._source.signatures()
         return self._unscannable(started, signatures, Reason.TIMED_OUT, "clamd took too long")
 
     def _report(
@@ -536,6 +547,7 @@ class _External:
         self._checking = threading.Lock()
         self._checked_at = -1e9
         self._signatures: Signatures | None = None
+        self._next: tuple[Signatures, float] | None = None
         self._is_proven = False
 
     def connect(self, deadline: float) -> _Session:
@@ -551,11 +563,26 @@ class _External:
         return True
 
     def signatures(self) -> Signatures:
-        """Ask clamd's VERSION at most once in a second."""
+        """Ask clamd's VERSION at most once in five seconds.
+
+        It names the database files that lie there (clamd reads their headers for every VERSION),
+        which clamd may load ten minutes later.  So a new version is believed when it is old
+        enough: what was judged in between is judged again rather than never.
+        """
+        now = time.monotonic()
+        if self._signatures is not None and now - self._checked_at < 5:
+            return self._signatures
         with self._checking:
-            if self._signatures is None or time.monotonic() - self._checked_at > 1:
-                self._signatures = self._ask()
-                self._checked_at = time.monotonic()
+            if self._signatures is not None and now - self._checked_at < 5:
+                return self._signatures
+            asked = self._ask()
+            if self._signatures is None or asked == self._signatures:
+                self._signatures, self._next = asked, None
+            elif self._next is None or self._next[0] != asked:
+                self._next = asked, now
+            elif now - self._next[1] > _SETTLED:
+                self._signatures, self._next = asked, None
+            self._checked_at = now
             return self._signatures
 
     def close(self) -> None:
@@ -590,14 +617,16 @@ class _External:
     def _prove(self, deadline: float) -> None:
         """Refuse a clamd that would say OK where it stopped looking.
 
-        A zip nested deeper than any MaxRecursion tells: only AlertExceedsMax makes it speak.
+        A zip nested deeper than any MaxRecursion allows, and one with a password: only
+        AlertExceedsMax and AlertEncrypted make it speak of them.
         """
         try:
-            with (
-                _bytes_as_file(_nested(120)) as bait,
-                contextlib.closing(_Session(self._open(deadline), None)) as session,
-            ):
-                reply = session.scan(bait, min(deadline, time.monotonic() + 30))
+            with contextlib.closing(_Session(self._open(deadline), None)) as session:
+                for body in (_nested(120), _locked()):
+                    with _bytes_as_file(body) as bait:
+                        reply = session.scan(bait, min(deadline, time.monotonic() + 30))
+                    if reply.kind != "found":
+                        break
         except OSError as error:
             raise self._unreachable(error) from error
         except (_Broken, _Late) as error:
@@ -638,6 +667,14 @@ _RAR_BAIT = bytes.fromhex(
     "6574382f39313f2e2d3b283ec43d7b00400700"
 )
 """A RAR 4 archive with one encrypted member of no use (technote.txt of WinRAR 4)."""
+
+
+def _locked() -> bytes:
+    """Return a zip archive that says its member needs a password."""
+    body = bytearray(_nested(1))
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        body[body.index(mark) + place] |= 1
+    return bytes(body)
 
 
 def _nested(levels: int) -> bytes:

@@ -33,8 +33,9 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PK\x05\x06", "zip"),
     (0, b"PK\x07\x08", "zip"),
     (0, b"PK00PK\x03\x04", "zip"),
-    (0, b"\x1f\x8b", "gzip"),
-    (0, b"BZh", "bzip2"),
+    (0, b"\x1f\x8b\x08", "gzip"),
+    *((0, b"BZh%d1AY&SY" % level, "bzip2") for level in range(1, 10)),
+    *((0, b"BZh%d\x17\x72\x45\x38\x50\x90" % level, "bzip2") for level in range(1, 10)),
     (0, b"\xfd7zXZ\x00", "xz"),
     (0, b"7z\xbc\xaf\x27\x1c", "7z"),
     (0, b"Rar!\x1a\x07", "rar"),
@@ -60,7 +61,8 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x28\xb5\x2f\xfd", "zstd"),
     (0, b"\x04\x22\x4d\x18", "lz4"),
     (0, b"\x02\x21\x4c\x18", "lz4"),
-    (0, b"LZIP", "lzip"),
+    (0, b"LZIP\x00", "lzip"),
+    (0, b"LZIP\x01", "lzip"),
     (0, b"\x89LZO\x00\r\n\x1a\n", "lzop"),
     (0, b"LRZI", "lrzip"),
     (0, b"7kSt", "zpaq"),
@@ -90,6 +92,8 @@ _MAIL = re.compile(
     rb"|Content-Type|X-Mailer):[ \t])",
     re.IGNORECASE,
 )
+
+_PDF = re.compile(rb"[\x00-\x20\xef\xbb\xbf]{0,64}%PDF-\d")
 
 UNOPENED_BY_CLAMAV = frozenset(
     {
@@ -137,8 +141,11 @@ def kind(head: bytes) -> str:
             if name == "lzma" and not _is_lzma(head):
                 continue
             return name
-    if b"%PDF-" in head:
+    if _PDF.match(head):
         return "pdf"
+    if b"%PDF-" in head and b" obj" in head:
+        # Readers look for the mark in the first 1,024 bytes; so do texts about PDF.
+        return "pdf-inside"
     return "mail" if _MAIL.match(head) else ""
 
 
@@ -364,9 +371,12 @@ def _zip_directory(data: mmap.mmap) -> Iterator[tuple[int, int, int, int, int, i
     if moved < 0:
         raise _corrupt("the zip archive is cut short")
     at = stop - size
-    for _ in range(count):
+    found = 0
+    # As far as it goes, not as many as it says: a count of more than 65,535 may be cut (zip64).
+    while at < stop and data[at : at + 4] != b"PK\x05\x05":
         if data[at : at + 4] != b"PK\x01\x02" or at + 46 > stop:
             raise _corrupt("the directory of the zip archive is damaged")
+        found += 1
         flags, method = struct.unpack_from("<HH", data, at + 8)
         crc, packed, plain = struct.unpack_from("<III", data, at + 16)
         names, extra, comment = struct.unpack_from("<HHH", data, at + 28)
@@ -377,6 +387,8 @@ def _zip_directory(data: mmap.mmap) -> Iterator[tuple[int, int, int, int, int, i
             )
         yield flags, method, crc, packed, plain, where + moved
         at += 46 + names + extra + comment
+    if found % 65_536 != count % 65_536:
+        raise _corrupt("the directory of the zip archive has not as many members as it says")
 
 
 def _zip64(extra: bytes, packed: int, plain: int, where: int) -> tuple[int, int, int]:
@@ -443,22 +455,22 @@ def _7z_unpack(data: mmap.mmap, header: bytes) -> bytes:
         raise Problem(Reason.ARCHIVE_LIMIT, "the directory of the 7z archive is too large")
     if code == b"\x00":
         return packed
-    if code != b"\x03\x01\x01" or len(coders) != 1:
+    if len(coders) != 1 or code not in (b"\x03\x01\x01", b"\x21"):
         raise _unopened("the directory of the 7z archive is packed in an unknown way")
-    first, dictionary = properties[0], struct.unpack("<I", properties[1:5])[0]
-    unpacker = lzma.LZMADecompressor(
-        lzma.FORMAT_RAW,
-        filters=[
-            {
-                "id": lzma.FILTER_LZMA1,
-                "dict_size": min(max(dictionary, 4096), 256 << 20),
-                "lc": first % 9,
-                "lp": first // 9 % 5,
-                "pb": first // 45,
-            }
-        ],
-    )
-    return unpacker.decompress(packed, plain)
+    packing: dict[str, int]
+    if code == b"\x21":
+        # As large as the directory is enough; what is asked for may be 4 GiB.
+        packing = {"id": lzma.FILTER_LZMA2, "dict_size": max(plain, 4096)}
+    else:
+        first, dictionary = properties[0], struct.unpack("<I", properties[1:5])[0]
+        packing = {
+            "id": lzma.FILTER_LZMA1,
+            "dict_size": min(max(dictionary, 4096), max(plain, 4096)),
+            "lc": first % 9,
+            "lp": first // 9 % 5,
+            "pb": first // 45,
+        }
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[packing]).decompress(packed, plain)
 
 
 class _Reader:
@@ -641,7 +653,9 @@ def _tar(data: mmap.mmap) -> None:
             raise _corrupt("the tar archive is cut short")
         stored = int(head[148:156].strip(b" \x00") or b"0", 8)
         summed = sum(head[:148]) + 8 * 32 + sum(head[156:])
-        if stored != summed:
+        # Some old programs took the bytes for signed numbers.
+        high = sum(byte > 127 for byte in head[:148] + head[156:])
+        if stored not in (summed, summed - 256 * high):
             raise _corrupt("the tar archive is damaged")
         field = head[124:136]
         if field[0] & 0x80:

@@ -139,7 +139,14 @@ class _Worker:
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-I", "-c", _BOOT, json.dumps(sys.path), kind),
+                    *(
+                        sys.executable,
+                        "-I",
+                        "-c",
+                        _BOOT,
+                        json.dumps([path for path in sys.path if path]),
+                        kind,
+                    ),
                     *(str(theirs.fileno()), *map(str, owner), str(memory)),
                 ],
                 pass_fds=[theirs.fileno()],

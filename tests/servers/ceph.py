@@ -71,6 +71,8 @@ rgw num async rados threads = 8
 rgw thread pool size = 64
 rgw sts key = abcdefghijklmnop
 rgw s3 auth use sts = true
+# So that objects can be encrypted with the customer's own key (SSE-C) without TLS.
+rgw crypt require ssl = false
 """
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -205,6 +206,15 @@ def _main() -> int:
         return USAGE
     except Error as error:
         print(str(error), file=sys.stderr)
+        return PROBLEM
+    except Exception as error:
+        # Ours to mend, not the user's to read; the log has the rest for a report.
+        logging.getLogger(__name__).debug("internal error", exc_info=True)
+        print(
+            f"internal error: {type(error).__name__}: {error}\n"
+            "Please report it; BUCKETWARD_LOG__LEVEL=debug shows where it happened.",
+            file=sys.stderr,
+        )
         return PROBLEM
 
 

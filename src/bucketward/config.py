@@ -116,14 +116,13 @@ def _url(value: Any, info: ValidationInfo) -> Any:
         )
     for scheme in ("file://", "sqlite:///"):
         if value.startswith(scheme + "$DATA/"):
-            return f"{scheme}{_path(value[len(scheme) :], info.context or {})}"
+            return f"{scheme[:-1] if scheme.endswith('///') else scheme}" + str(
+                _path(value[len(scheme) :], info.context or {})
+            )
     if parts.scheme == "file" and not value.startswith("file:///"):
         raise ValueError("needs an absolute path with three slashes, as in file:///srv/drop")
-    if parts.scheme == "sqlite" and not value.startswith("sqlite:////"):
-        # With three SQLAlchemy takes it for relative, most people for absolute.
-        raise ValueError(
-            "needs an absolute path with four slashes, as in sqlite:////srv/state.db, or $DATA"
-        )
+    if parts.scheme == "sqlite" and not value.startswith("sqlite:///"):
+        raise ValueError("needs an absolute path, as in sqlite:///srv/state.db, or $DATA")
     return value
 
 
@@ -350,8 +349,10 @@ class LogTable(Table):
     level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least that is logged."
     )
-    format: Literal["json", "text"] = Field(
-        "json", description="One JSON object a line, or text for people."
+    format: Literal["auto", "json", "text"] = Field(
+        "auto",
+        description="`json` for one JSON object a line, `text` for people, `auto` for text on a "
+        "terminal and JSON elsewhere.",
     )
 
 
@@ -377,6 +378,11 @@ class NotifierTable(Table):
     )
     allow_private: Flag = Field(
         default=False, description="Also http, and addresses that are not public."
+    )
+    only: Mapping[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description='Which notes, by attribute, such as `scanResult = ["Infected"]`: all '
+        "attributes named must have one of their values; empty for every note.",
     )
     ca_file: Folder | None = Field(
         None, description="Certificates to trust in place of the system's."

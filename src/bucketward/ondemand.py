@@ -80,7 +80,7 @@ def scan_targets(
         policy = _policy(house, config)
         tally = _Tally()
         started = time.monotonic()
-        _run(_jobs(house, targets, policy, tally, stack), tally, threads=config.event.threads)
+        _run(_jobs(house, targets, policy, tally), tally, threads=config.event.threads)
         _summarise(tally, time.monotonic() - started)
         return tally.code
 
@@ -100,7 +100,9 @@ def _house(config: Config, stack: ExitStack, signatures: Path | None, rules: Pat
             # A short path: a unix socket has room for 107 bytes.
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bucketward-")))
     if rules is not None:
-        engines["yara"] = YaraEngine(rules=rules.absolute())
+        engines["yara"] = YaraEngine.model_validate(
+            {"rules": rules.absolute()}, context={"folder": Path.cwd(), "data": folder}
+        )
     changes: dict[str, object] = {
         "engines": engines,
         "data": folder,
@@ -141,7 +143,7 @@ def _wait(house: House) -> None:
                     raise
                 time.sleep(0.05)
         if engine.signatures().is_demo:
-            print(DEMO_WARNING.format(house.config.signatures.directory), file=sys.stderr)
+            print(DEMO_WARNING.format("a directory and name it with --signatures"), file=sys.stderr)
 
 
 def _policy(house: House, config: Config) -> Policy:
@@ -157,13 +159,11 @@ def _policy(house: House, config: Config) -> Policy:
 # -- what there is to scan -----------------------------------------------------------------------
 
 
-def _jobs(
-    house: House, targets: Sequence[str], policy: Policy, tally: _Tally, stack: ExitStack
-) -> Iterator[_Job]:
+def _jobs(house: House, targets: Sequence[str], policy: Policy, tally: _Tally) -> Iterator[_Job]:
     for target in targets:
         found = False
         try:
-            for job in _target(house, target, policy, stack):
+            for job in _target(house, target, policy):
                 found = True
                 yield job
         except Error as error:
@@ -173,7 +173,7 @@ def _jobs(
             tally.problems.append(f"{target}: there is nothing to scan in it")
 
 
-def _target(house: House, target: str, policy: Policy, stack: ExitStack) -> Iterator[_Job]:
+def _target(house: House, target: str, policy: Policy) -> Iterator[_Job]:
     if target == "-":
         yield _Job(lambda: _scan_stdin(house.scanner, policy))
         return
@@ -185,7 +185,7 @@ def _target(house: House, target: str, policy: Policy, stack: ExitStack) -> Iter
         yield from _listed(house, store, prefix, policy)
         return
     path = Path(unquote(urlsplit(target).path) if target.startswith("file://") else target)
-    path = Path(os.path.abspath(path))  # not resolve(): links are not followed
+    path = Path(os.path.normpath(path.absolute()))  # not resolve(): links are not followed
     if path.is_symlink():
         raise Unsupported("is a symbolic link, which is not followed; name what it points to")
     if path.is_dir():
@@ -253,7 +253,7 @@ def _scan_stdin(scanner: Scanner, policy: Policy) -> ScanResult:
             target = slot.writable()
             offset = 0
             while offset < size:
-                offset += os.copy_file_range(held.fileno(), target, size - offset, offset, offset)
+                offset += os.sendfile(target, held.fileno(), offset, size - offset)
             judgement = scanner.judge(slot.seal("-"), "-", policy)
     return ScanResult(
         id=scan_id(info, _CAUSE),

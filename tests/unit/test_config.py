@@ -57,7 +57,7 @@ def test_without_any_configuration_everything_is_in_one_folder(here):
 def test_the_data_folder_moves_everything(here):
     found = load(None, {"BUCKETWARD_DATA": "/srv/b"})
 
-    assert found.state.url == "sqlite:////srv/b/state.db"
+    assert found.state.url == "sqlite:///srv/b/state.db"
     assert found.protect == ("file:///srv/b/drop",)
     assert found.signatures.directory == Path("/srv/b/signatures")
 

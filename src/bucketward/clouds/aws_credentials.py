@@ -62,7 +62,7 @@ def assume_role(
             answer = sts.assume_role(
                 RoleArn=role_arn,
                 RoleSessionName="bucketward",
-                **more,  # type: ignore[arg-type]  # one optional argument
+                **more,
             )["Credentials"]
             return Credentials(
                 answer["AccessKeyId"],

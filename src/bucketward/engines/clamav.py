@@ -123,15 +123,17 @@ class _Broken(Exception):  # noqa: N818 - never leaves this module
 class _Late(Exception):  # noqa: N818
     """The deadline passed while clamd worked."""
 
+    def __str__(self) -> str:
+        return "it takes too long"
+
 
 class _Session:
     """One IDSESSION, used by one thread at a time, one command in flight."""
 
-    __slots__ = ("_socket", "_timeout", "daemon", "is_local", "number")
+    __slots__ = ("_socket", "daemon", "is_local", "number")
 
     def __init__(self, connection: socket.socket, daemon: Daemon | None) -> None:
         self._socket = connection
-        self._timeout = connection.gettimeout()
         self.daemon = daemon
         self.is_local = connection.family == socket.AF_UNIX
         self.number = 0
@@ -141,7 +143,6 @@ class _Session:
         """Ask for a verdict on `file`.  Raises `_Broken` or `_Late`; then close it."""
         self.number += 1
         try:
-            self._limit(deadline)
             if self.is_local:
                 self._socket.sendall(b"zFILDES\0")
                 # Opened anew: clamd moves the position, which a descriptor shares with its copies.
@@ -158,6 +159,18 @@ class _Session:
             raise _Late from None
         except (OSError, ValueError) as error:
             raise _Broken(str(error) or "it closed the connection") from error
+
+    def ping(self, deadline: float) -> None:
+        """Have clamd say that it works.  Raises `_Broken` or `_Late`."""
+        self.number += 1
+        try:
+            self._socket.sendall(b"zPING\0")
+            if self._line(deadline) != b"%d: PONG" % self.number:
+                raise _Broken("it does not answer PING")
+        except TimeoutError:
+            raise _Late from None
+        except (OSError, ValueError) as error:
+            raise _Broken(str(error)) from error
 
     def close(self) -> None:
         self._socket.close()
@@ -288,9 +301,13 @@ class ClamAVEngine:
             self._managed.clamd.on_replace(lambda number: self._in_use.get(number, 0))
 
     def ping(self) -> None:
-        """Open a session; a clamd that would hide its limits is a `ConfigError`."""
-        session = self._source.connect(time.monotonic() + 5)
-        session.close()
+        """Ask clamd; one that would hide its limits is a `ConfigError`."""
+        deadline = time.monotonic() + 5
+        with contextlib.closing(self._source.connect(deadline)) as session:
+            try:
+                session.ping(deadline)
+            except (_Broken, _Late) as error:
+                raise Unavailable(f"clamd does not answer: {error}", backend="clamav") from error
         self._source.signatures()
 
     def close(self) -> None:
@@ -329,22 +346,21 @@ class ClamAVEngine:
                 except _Broken as error:
                     self._drop(session)
                     problem = error
-                    if session.daemon is None and session.number == 1:
-                        break
-                    if session.daemon is not None and isinstance(error.__cause__, ValueError):
+                    if self._managed is None or session.daemon is None:
+                        if session.number == 1:
+                            break
+                        # It was idle for too long, or clamd was started anew.
+                        continue
+                    if isinstance(error.__cause__, ValueError):
                         # Whatever it is that answers there, it is not to be asked again.
                         self._recycle(session.daemon)
-                    # The daemon was ended for another file's sake, or it died: of one of the
-                    # files it had.  Each of those goes again by itself, so that one dies alone.
-                    if (
-                        session.daemon is not None
-                        and session.daemon.number not in self._ended_by_us
-                    ):
+                    if self._managed.lost(session.daemon) and not self._ended_here(session.daemon):
+                        # It died: of one of the files that it had.  Each of them goes again by
+                        # itself, so that one dies alone.  Once it may have been another process's.
                         deaths += suspected
                         suspected = True
-                    # Another process may have been the cause once, not twice.
-                    if deaths == 2:
-                        break
+                        if deaths == 2:
+                            break
                     continue
                 self._keep(session)
             return self._report(file, reply, signatures, started, deadline)
@@ -422,6 +438,9 @@ class ClamAVEngine:
                 self._in_use[number] = left
             else:
                 del self._in_use[number]
+
+    def _ended_here(self, daemon: Daemon) -> bool:
+        return daemon.number in self._ended_by_us
 
     def _recycle(self, daemon: Daemon) -> None:
         assert self._managed is not None
@@ -508,11 +527,21 @@ class _Managed:
 
     def __init__(self, clamd: Clamd) -> None:
         self.clamd = clamd
+        self._lost = ""
+
+    def lost(self, daemon: Daemon) -> bool:
+        """Tell whether `daemon` is gone; then nobody gets a session to it any more."""
+        if self.clamd.has_ended(daemon):
+            self._lost = daemon.number
+            return True
+        return False
 
     def connect(self, deadline: float) -> _Session:
         while True:
             daemon = self.clamd.wait(deadline)
             try:
+                if daemon.number == self._lost:
+                    raise ConnectionRefusedError("it has just ended")
                 left = max(0.01, deadline - time.monotonic())
                 return _Session(self.clamd.connect(daemon, left), daemon)
             except OSError as error:
@@ -524,10 +553,10 @@ class _Managed:
                 time.sleep(0.02)
 
     def is_fresh(self, session: _Session) -> bool:
+        assert session.daemon is not None
+        number = session.daemon.number
         try:
-            return (
-                session.daemon is not None and self.clamd.current().number == session.daemon.number
-            )
+            return number != self._lost and number == self.clamd.current().number
         except Unavailable:
             return False
 

@@ -102,6 +102,8 @@ _FORBIDDEN_OPTIONS = frozenset(
         "exitonoom",
         "scanarchive",
         "excludepath",
+        *("maxembeddedpe", "maxhtmlnormalize", "maxhtmlnotags", "maxscriptnormalize"),
+        *("pcremaxfilesize", "maxpartitions", "logfilemaxsize"),
         "heuristicalerts",
         "readtimeout",
         "commandreadtimeout",
@@ -308,6 +310,14 @@ class Clamd:
             raise
         return connection
 
+    def has_ended(self, daemon: Daemon) -> bool:
+        """Tell whether `daemon` ended, after its connection did, which it takes a moment to."""
+        for _ in range(20):
+            if _birth(daemon.pid) != daemon.born:
+                return True
+            time.sleep(0.005)
+        return False
+
     def recycle(self, daemon: Daemon) -> None:
         """End `daemon` now, whatever it does, and do not come back before it is out of service."""
         self._home.ended.add(daemon.number)
@@ -366,6 +376,7 @@ class _Owner:
         home = self._home
         try:
             self._sweep()
+            home.say_problem("")
             while not home.closing.is_set():
                 self._step()
                 if self._running is None:
@@ -689,12 +700,13 @@ def _settings(home: _Home) -> Sequence[tuple[str, str]]:
         ("MaxFiles", str(limits.files)),
         ("MaxRecursion", str(limits.recursion)),
         ("MaxScanTime", str(int(limits.scan_time * 1000))),
-        # These raise no alert when they are passed (docs/clamav-limits.md): generous, not endless.
-        ("MaxEmbeddedPE", "200M"),
-        ("MaxHTMLNormalize", "200M"),
-        ("MaxHTMLNoTags", "100M"),
-        ("MaxScriptNormalize", "100M"),
-        ("PCREMaxFileSize", "400M"),
+        # Beyond these clamd leaves something out and says nothing (docs/clamav-limits.md).
+        ("MaxEmbeddedPE", str(limits.file_size)),
+        ("MaxHTMLNormalize", str(limits.file_size)),
+        ("MaxHTMLNoTags", str(limits.file_size)),
+        ("MaxScriptNormalize", str(limits.file_size)),
+        ("PCREMaxFileSize", "0"),
+        ("MaxPartitions", "1000"),
         *sorted(home.options.items()),
     ]
 
@@ -759,10 +771,10 @@ def _read_daemon(path: Path, number: str) -> Daemon:
 
 
 def _birth(pid: int) -> int:
-    """Return when a process started, in ticks; 0 if there is none (proc(5), stat, field 22)."""
+    """Return when a process started, in ticks; 0 if it ended (proc(5), stat, fields 3 and 22)."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
-        return int(text.rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return 0 if fields[0] in "ZX" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return 0
 

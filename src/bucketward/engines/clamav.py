@@ -17,6 +17,7 @@ import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ _REPLY_LIMIT = 4096
 _CHUNK = 256 * 1024
 _SETTLED = 900.0
 """Seconds after which an external clamd has loaded what lies there (SelfCheck: 600)."""
-_PATIENCE = 5
+_PATIENCE = 10
 """How often a scan is begun anew because the daemon went away under it."""
 
 
@@ -527,12 +528,12 @@ class _Managed:
 
     def __init__(self, clamd: Clamd) -> None:
         self.clamd = clamd
-        self._lost = ""
+        self._lost: deque[str] = deque(maxlen=20)
 
     def lost(self, daemon: Daemon) -> bool:
         """Tell whether `daemon` is gone; then nobody gets a session to it any more."""
         if self.clamd.has_ended(daemon):
-            self._lost = daemon.number
+            self._lost.append(daemon.number)
             return True
         return False
 
@@ -540,7 +541,7 @@ class _Managed:
         while True:
             daemon = self.clamd.wait(deadline)
             try:
-                if daemon.number == self._lost:
+                if daemon.number in self._lost:
                     raise ConnectionRefusedError("it has just ended")
                 left = max(0.01, deadline - time.monotonic())
                 return _Session(self.clamd.connect(daemon, left), daemon)
@@ -556,7 +557,7 @@ class _Managed:
         assert session.daemon is not None
         number = session.daemon.number
         try:
-            return number != self._lost and number == self.clamd.current().number
+            return number not in self._lost and number == self.clamd.current().number
         except Unavailable:
             return False
 

@@ -269,10 +269,9 @@ def _busy() -> Unavailable:
 class ClamAVEngine:
     """ClamAV behind a clamd.  Use `open_clamav`.
 
-    Signatures of a set are those of the daemon that judged: a set never changes under a daemon
-    that Bucketward manages.  An external clamd that reloads while it scans is reported with the
-    set before, so that the file is judged again rather than never.  An external clamd cannot be
-    ended: past the deadline its session is closed and it works on in vain, up to its MaxScanTime.
+    A report bears the signatures of the daemon that judged: they never change under a daemon that
+    Bucketward manages.  An external clamd cannot be ended: past the deadline its session is closed
+    and it works on in vain, up to its MaxScanTime; nor can it be had afresh for a file alone.
     """
 
     opens_containers = True
@@ -746,7 +745,8 @@ def open_clamav(
 ) -> ClamAVEngine:
     """Open ``clamav:managed``, ``clamav:///run/clamav/clamd.ctl`` or ``clamav://host:3310``.
 
-    The managed clamd lives in ``data_dir/clamd`` and loads the signature files of
+    The managed clamd lives in ``data_dir/clamd``, where all processes with that directory share
+    it; the settings of the one that started it count.  It loads the signature files of
     `signatures_dir`, by default Bucketward's demonstration signatures, following changes within
     twice `poll` seconds.  `classify` is consulted before `CLASSIFICATION`.  `limits`, `options`
     (further lines of clamd.conf), `user` and `poll` are for the managed clamd only.

@@ -97,24 +97,8 @@ _PDF = re.compile(rb"[\x00-\x20\xef\xbb\xbf]{0,64}%PDF-\d")
 
 UNOPENED_BY_CLAMAV = frozenset(
     {
-        "ar",
-        "rpm",
-        "ace",
-        "zoo",
-        "zstd",
-        "lz4",
-        "lzip",
-        "lzop",
-        "lrzip",
-        "zpaq",
-        "compress",
-        "lzma",
-        "squashfs",
-        "wim",
-        "vmdk",
-        "qcow",
-        "vhdx",
-        "vhd",
+        *("ar", "rpm", "ace", "zoo", "zstd", "lz4", "lzip", "lzop", "lrzip", "zpaq"),
+        *("compress", "lzma", "squashfs", "wim", "vmdk", "qcow", "vhdx", "vhd"),
     }
 )
 """Containers that ClamAV 1.4 does not look into; it says OK of what is inside."""
@@ -122,7 +106,11 @@ UNOPENED_BY_CLAMAV = frozenset(
 # A worker cannot load a codec once it has given up its rights.
 "".encode("utf-16-le")
 
-EXAMINED = frozenset({"zip", "gzip", "bzip2", "xz", "7z", "rar", "cab", "ole2", "tar", "pdf"})
+EXAMINED = frozenset(
+    {
+        *("zip", "gzip", "bzip2", "xz", "7z", "rar", "cab", "ole2", "tar", "pdf"),
+    }
+)
 
 
 class Problem(Exception):  # noqa: N818 - a finding about the file, not a failure of ours
@@ -704,7 +692,11 @@ def _pdf(data: mmap.mmap) -> None:
                 raise Problem(Reason.ENCRYPTED, "the PDF document is encrypted")
 
 
-_ENCRYPTED_STREAMS = frozenset({"EncryptedPackage", "EncryptedSummary", "DRMContent"})
+_ENCRYPTED_STREAMS = frozenset(
+    {
+        *("EncryptedPackage", "EncryptedSummary", "DRMContent"),
+    }
+)
 
 
 def _ole2(data: mmap.mmap) -> None:

@@ -354,6 +354,7 @@ class ClamAVEngine:
                     if isinstance(error.__cause__, ValueError):
                         # Whatever it is that answers there, it is not to be asked again.
                         self._recycle(session.daemon)
+                        break
                     if self._managed.lost(session.daemon) and not self._ended_here(session.daemon):
                         # It died: of one of the files that it had.  Each of them goes again by
                         # itself, so that one dies alone.  Once it may have been another process's.

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 
 from bucketward.actions import Actor
 from bucketward.errors import Changed, Denied, Error, NotFound, Unavailable, Unsupported
@@ -364,7 +365,11 @@ class EventAgent:
                     self._queue.send([encode([ref]) for ref in again])
                     again = []
                 break
-            except Error as error:
+            except Exception as error:
+                if isinstance(error, Unsupported) or not isinstance(error, Error):
+                    # It is one of these results that can never be recorded, or a bug.
+                    self._settle_apart(batch, error)
+                    return
                 log.warning("cannot record, keeping %d results: %s", len(results), error)
                 self._ready.clear()
                 if self._stopping.wait(_OUTAGE_POLL):
@@ -372,6 +377,39 @@ class EventAgent:
                     return
         for result in results:
             self._on_result(result)
+        self._finish(batch)
+
+    def _settle_apart(self, batch: Sequence[_Work], error: Exception) -> None:
+        """Record what can be recorded, piece by piece, and bury the messages of the rest."""
+        if len(batch) > 1:
+            for work in batch:
+                self._settle([work])
+            return
+        (work,) = batch
+        log.error("cannot record what message %s brought: %s", work.message.id, error)
+        # Sent before, they may be sent twice: that is one scan too many.
+        steps: list[Callable[[], None]] = [
+            *(partial(self._results.record, [result]) for result in work.results),
+            *(partial(self._results.forget, [ref]) for ref in work.gone),
+            *(partial(self._queue.send, [encode([ref])]) for ref in work.again),
+        ]
+        for number, step in enumerate(steps):
+            try:
+                step()
+            except (Unavailable, Changed, Denied) as outage:
+                log.warning("cannot record, giving message %s back: %s", work.message.id, outage)
+                self._nack([work.message], _OUTAGE_POLL)
+                return
+            except Exception as lost:
+                log.exception("lost a result of message %s", work.message.id)
+                work.bury = f"its result cannot be recorded: {lost}"
+                continue
+            if number < len(work.results):
+                self._on_result(work.results[number])
+        self._finish(batch)
+
+    def _finish(self, batch: Sequence[_Work]) -> None:
+        """Bury or acknowledge what has been recorded."""
         for work in batch:
             if work.bury:
                 try:

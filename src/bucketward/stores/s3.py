@@ -227,7 +227,7 @@ class S3Store:
 
     def ping(self) -> None:
         self._xml("GET", {"list-type": "2", "max-keys": "1"}, may="s3:ListBucket")
-        self._versioning()
+        self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
 
     def close(self) -> None:
         if self._owns_connections:
@@ -307,7 +307,11 @@ class S3Store:
         if info.version_id is None:
             self._look(info)
         may = "s3:GetObjectVersionTagging" if version else "s3:GetObjectTagging"
-        reply = self._xml("GET", {"tagging": "", "versionId": version}, info.key, may=may)
+        query = {"tagging": "", "versionId": version}
+        content, _ = self._do("GET", query, info.key, may=may)
+        if not content and not self._is_aws:  # Ceph 16, of an object made in parts
+            return {}
+        reply = _parse(content, self._thing(info.key, version))
         return {_text(tag, "Key"): _text(tag, "Value") for tag in reply.iter("Tag")}
 
     def replace_tags(self, info: ObjectInfo, tags: Mapping[str, str]) -> None:
@@ -356,7 +360,9 @@ class S3Store:
                 _, reply = self._do("PUT", query, key, body=part, may="s3:PutObject")
                 return reply.get("etag", "")
 
-            return self._in_parts(key, size, self._part_size, fields, upload, if_absent=if_absent)
+            info = self._in_parts(key, size, self._part_size, fields, upload, if_absent=if_absent)
+            self._mend_tags(info, tags)
+            return info
         _, reply = self._do(
             "PUT",
             {},
@@ -414,7 +420,7 @@ class S3Store:
                 if not is_exact:
                     source._look(info)
 
-            return self._in_parts(
+            copied = self._in_parts(
                 key,
                 info.size,
                 self._copy_part_size,
@@ -423,6 +429,8 @@ class S3Store:
                 if_absent=if_absent,
                 before_completion=complete,
             )
+            self._mend_tags(copied, kept)
+            return copied
         if tags is not None:
             fields.append(("x-amz-tagging-directive", "REPLACE"))
             fields.append(("x-amz-tagging", _tag_field(tags)))
@@ -447,9 +455,8 @@ class S3Store:
                 with suppress(NotFound, Changed):
                     self.delete(copied)
                 raise
-        # Ceph 16 keeps the source's tags whatever the directive says.
-        if tags is not None and not self._is_aws and self.tags(copied) != tags:
-            self.replace_tags(copied, tags)
+        if tags is not None:
+            self._mend_tags(copied, tags)
         return copied
 
     def delete(self, info: ObjectInfo) -> None:
@@ -519,7 +526,8 @@ class S3Store:
             raise Unavailable(message, backend="s3") from error
         version = headers.get("x-amz-version-id") or None
         token = ""
-        if version == "null":
+        # Amazon always says "null"; Ceph 16 says nothing.
+        if version == "null" or (version is None and not self._is_aws and self._versioning()):
             version, token = None, "null"
         tag_count = headers.get("x-amz-tagging-count", "")
         storage_class = headers.get("x-amz-storage-class", "")
@@ -565,6 +573,14 @@ class S3Store:
             token = "null" if version == "null" else ""
             return ObjectInfo(self.bucket, key, size, etag, written_at, known, token)
         return info
+
+    def _mend_tags(self, info: ObjectInfo, tags: Mapping[str, str]) -> None:
+        """Set the tags that a server other than Amazon's forgot.
+
+        Ceph 16 ignores those of CreateMultipartUpload, and the tagging directive of a copy.
+        """
+        if not self._is_aws and self.tags(info) != tags:
+            self.replace_tags(info, tags)
 
     def _if_absent(self, key: str, condition: str, *, is_wanted: bool) -> Headers:
         """Return the condition that `key` is free, having looked where the server has none."""
@@ -694,7 +710,10 @@ class S3Store:
         """Return "Enabled", "Suspended", or "" if the bucket never had versions."""
 
         def ask() -> str:
-            reply = self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
+            try:
+                reply = self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
+            except Denied:  # `ping` says so; each object still tells its version
+                return ""
             return _text(reply, "Status")
 
         return self._remember("versioning", ask)

@@ -41,6 +41,8 @@ SMALL = 256 << 10
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 
+_UNREACHABLE = "unreachable"
+
 Headers = Sequence[tuple[str, str]]
 
 
@@ -340,8 +342,8 @@ class Connections:
                     body=body,
                     is_fresh=not is_retried,
                 )
-            except Unavailable:
-                if is_last:
+            except Unavailable as error:
+                if is_last or error.reason == _UNREACHABLE:
                     raise
             else:
                 if is_last or response.status not in RETRIED:
@@ -425,11 +427,17 @@ class Connections:
             initial_window_size=WINDOW,
         )
         try:
-            # Name look-up and TLS have time limits of their own.
-            return future.result(2 * self._connect_timeout + 10), False
+            return future.result(4 * self._connect_timeout), False
         except (AwsCrtError, FutureTimeoutError) as error:
-            message = f"cannot connect to {origin.url} ({_crt_name(error)}): check the endpoint"
-            raise Unavailable(message, backend="s3") from error
+            future.add_done_callback(_close_late)
+            name = _crt_name(error)
+            # The CRT holds back the news of a failed TLS handshake for 10 to 30 s.
+            is_final = "TLS" in name or "DNS" in name or isinstance(error, FutureTimeoutError)
+            raise Unavailable(
+                f"cannot connect to {origin.url} ({name}): check the endpoint",
+                backend="s3",
+                reason=_UNREACHABLE if is_final else "",
+            ) from error
 
     def _give_back(self, origin: Origin, connection: Any) -> None:
         if connection.is_open():
@@ -482,6 +490,11 @@ def _platform_credentials() -> CredentialsProvider:
         return frozen[-1][1]
 
     return provide
+
+
+def _close_late(future: Future[Any]) -> None:
+    if future.exception() is None:
+        future.result().close()
 
 
 def _crt_name(error: BaseException | None) -> str:

@@ -328,7 +328,18 @@ def test_nothing_of_the_body_is_fetched_once_accept_refused(ceph_direct, key):
 
 def test_over_tls_too(ceph, ceph_direct, tmp_path):
     certificate = tmp_path / "both.pem"
-    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
     names = ["-addext", "subjectAltName=DNS:localhost"]
     files = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
     subprocess.run([*make, *names, *files], check=True, capture_output=True)

@@ -399,6 +399,7 @@ class S3Store:
             ("x-amz-copy-source", source._copy_source(info)),
             ("x-amz-copy-source-if-match", f'"{info.etag}"'),
         ]
+        origin = source._thing(info.key, info.version_id)
         absent = self._if_absent(key, "copy-absent", is_wanted=if_absent)
         fields: list[tuple[str, str]] = []
         if info.storage_class:
@@ -413,7 +414,9 @@ class S3Store:
                 query = {"partNumber": str(number), "uploadId": upload_id}
                 part = ("x-amz-copy-source-range", f"bytes={start}-{start + length - 1}")
                 fields = [*condition, part]
-                reply = self._xml("PUT", query, key, fields, body=b"", may="s3:PutObject")
+                reply = self._xml(
+                    "PUT", query, key, fields, body=b"", may="s3:PutObject", source=origin
+                )
                 return _text(reply, "ETag")
 
             def complete() -> None:
@@ -445,6 +448,7 @@ class S3Store:
             body=b"",
             may="s3:PutObject",
             is_retried=not absent,
+            source=origin,
         )
         etag = _text(_parse(content, self._thing(key)), "ETag")
         copied = self._written(key, info.size, reply.get("x-amz-version-id"), etag, reply)
@@ -787,6 +791,7 @@ class S3Store:
         *,
         body: bytes | FileBody | None = None,
         is_retried: bool = True,
+        patience: float = 1.0,
     ) -> Response:
         """Send one request; in `query` what is `None` is left out."""
         target = self._path if key is None else self._path + _encoded(key)
@@ -804,6 +809,7 @@ class S3Store:
             thing=self._thing(key),
             body=body,
             is_retried=is_retried,
+            patience=patience,
         )
 
     def _do(
@@ -816,17 +822,29 @@ class S3Store:
         may: str,
         body: bytes | FileBody | None = None,
         is_retried: bool = True,
+        source: str = "",
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Return body and headers of the answer, or raise what it says; `may` allows it."""
-        fields = [*self._usual, *headers]
-        with self._open(method, key, query, fields, body=body, is_retried=is_retried) as response:
+        """Return body and headers of the answer, or raise what it says.
+
+        `may` is the permission that allows it, `source` the object that a copy is made of.
+        """
+        with self._open(
+            method,
+            key,
+            query,
+            [*self._usual, *headers],
+            body=body,
+            is_retried=is_retried,
+            # The server is at work on gigabytes; Amazon's sends blanks meanwhile, others nothing.
+            patience=20.0 if source or method == "POST" else 1.0,
+        ) as response:
             version = query.get("versionId")
             if not 200 <= response.status < 300:
-                raise self._error(response, key, version, may=may)
+                raise self._error(response, key, version, may=may, source=source)
             content = response.read(MAX_REPLY)
             # A copy or a completion that takes long is begun with 200 and may fail all the same.
             if b"<Error>" in content[:1000] and method in ("PUT", "POST"):
-                raise self._error(response, key, version, may=may, body=content)
+                raise self._error(response, key, version, may=may, source=source, body=content)
             return content, response.headers
 
     def _xml(
@@ -838,8 +856,9 @@ class S3Store:
         *,
         may: str,
         body: bytes | None = None,
+        source: str = "",
     ) -> Element:
-        content, _ = self._do(method, query, key, headers, may=may, body=body)
+        content, _ = self._do(method, query, key, headers, may=may, body=body, source=source)
         return _parse(content, self._thing(key))
 
     def _thing(self, key: str | None = None, version: str | None = None) -> str:
@@ -856,6 +875,7 @@ class S3Store:
         version: str | None,
         *,
         may: str,
+        source: str = "",
         body: bytes | None = None,
     ) -> Error:
         if body is None:
@@ -870,7 +890,7 @@ class S3Store:
             response.status,
             response.headers,
             body,
-            thing=self._thing(key, version),
+            thing=f"{source} as {self._thing(key)}" if source else self._thing(key, version),
             bucket=self.bucket,
             region=self.region,
             may=may,
@@ -1120,7 +1140,7 @@ def _translated(
         if home and home != region:
             return make(ConfigError, f"{bucket} is in region {home}: open it with region={home}")
         return make(ConfigError, f"{bucket}: region or endpoint is wrong")
-    if status == 412:
+    if status == 412 or code == "PreconditionFailed":
         return make(Changed, f"{thing} is another object now, or exists already")
     if status == 416:
         return make(Changed, f"{thing} is shorter than it was")
@@ -1142,13 +1162,13 @@ def _translated(
         return make(Unavailable, f"{thing}: the credentials have expired or a clock is wrong")
     if code in _BAD_CREDENTIALS:
         return make(Denied, f"{bucket}: the server does not know these credentials", "credentials")
-    if status in (401, 403):
+    if status in (401, 403) or code == "AccessDenied":
         if _LOCKED.search(said):
             return make(Denied, f"{thing}: a lock or legal hold keeps it", "object-lock")
         return make(Denied, f"{thing}: allow {action} (S3 says so of missing keys too)", action)
     if status in (409, 429) or (status >= 500 and status != 501) or code in _LATER:
         return make(Unavailable, f"{thing}: the server cannot do it now")
     is_no_version = code == "InvalidArgument" and "version" in said.lower()
-    if status in (404, 405) or is_no_version:
+    if status in (404, 405) or is_no_version or code in ("NoSuchKey", "NoSuchVersion"):
         return make(NotFound, f"{thing} is gone")
     return make(Unsupported, f"{thing}: the server will not do it", Reason.UNSUPPORTED)

@@ -254,7 +254,7 @@ class FileStore:
         self._own_changes: OrderedDict[str, str] = OrderedDict()
         self._last_time = 0
         self._root = -1
-        with _translating(f"the directory {path}", "directory:search"):
+        with _translating(f"directory {path}", "directory:search"):
             self._root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
             self.has_tags = _has_attributes(self._root) if has_tags is None else has_tags
         self.max_tags = 10 if self.has_tags else 0
@@ -264,7 +264,7 @@ class FileStore:
             log.warning("cannot clean %s/%s: %s", path, PRIVATE, error)
 
     def ping(self) -> None:
-        with _translating(f"the directory {self._path}", "directory:search"):
+        with _translating(f"directory {self._path}", "directory:search"):
             ours, there = os.fstat(self._root), Path(self._path).stat()
         if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
             message = f"another directory is at {self._path} than was opened: restart"
@@ -288,6 +288,8 @@ class FileStore:
         # The cursor is the id of a walk that we may still remember, the last key, from which any
         # process can go on, and what could not be read so far.
         del versions
+        if os.fstat(self._root).st_nlink == 0:
+            raise NotFound(f"directory {self._path} was removed", backend="file")
         with self._lock:
             walk = self._walks.pop(cursor, None)
         if walk is None:
@@ -579,11 +581,15 @@ class FileStore:
         if make:
             with suppress(FileExistsError):
                 os.mkdir(PRIVATE, 0o700, dir_fd=self._root)
-        with _closing(os.open(PRIVATE, _LISTED, dir_fd=self._root)) as fd:
+        not_ours = f"{self._path}/{PRIVATE} is no directory of our own: remove it"
+        try:
+            opened = os.open(PRIVATE, _LISTED, dir_fd=self._root)
+        except NotADirectoryError as error:
+            raise Denied(not_ours, backend="file", reason="directory:write") from error
+        with _closing(opened) as fd:
             status = os.fstat(fd)
             if status.st_uid != os.geteuid():
-                message = f"{self._path}/{PRIVATE} is not ours: remove it"
-                raise Denied(message, backend="file", reason="directory:write")
+                raise Denied(not_ours, backend="file", reason="directory:write")
             if status.st_mode & 0o077:
                 os.fchmod(fd, 0o700)
             try:
@@ -599,7 +605,9 @@ class FileStore:
     @contextmanager
     def _staged(self, key: str) -> Iterator[tuple[int, str, int]]:
         """Yield our private directory, the name of a new file in it and the file."""
-        with _translating(f"{key!r} in {self.bucket}", "directory:write"), ExitStack() as stack:
+        # Nothing that is missing here is the object, so `NotFound` would tell a lie.
+        what = f"place for {key!r} in {self.bucket}"
+        with _translating(what, "directory:write", Unavailable), ExitStack() as stack:
             private = stack.enter_context(self._private())
             name = f"put-{token_hex(8)}"
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -742,7 +750,7 @@ class FileStore:
             try:
                 found = json.loads(os.getxattr(f"/proc/self/fd/{fd}", name))
             except OSError as error:
-                if error.errno == errno.ENODATA:
+                if error.errno in {errno.ENODATA, errno.EOPNOTSUPP}:
                     return {}
                 raise
             except (ValueError, RecursionError):
@@ -809,7 +817,7 @@ class _Walk:
         root: int,
         prefix: str,
         after: Sequence[bytes],
-        is_wanted: Callable[[str, bool], bool] = lambda _text, _is_dir: True,
+        is_wanted: Callable[[str, bool], bool] | None = None,
     ) -> None:
         self.id = token_hex(6)
         self.frames: list[_Frame] = []
@@ -843,19 +851,24 @@ class _Walk:
                     self._fill(frame, fd)
                     continue
                 name, is_dir = frame.names.pop()
-                key = key_of([*self._path, name])
-                if not is_dir:
-                    if key.startswith(self._prefix) and self._is_wanted(key, False):
-                        status = self._stat(fd, name, key)
-                        if status is not None:
-                            found.append((key, status))
-                elif name.endswith(_MORE_END) or self._is_wanted(f"{key}/", True):
+                if is_dir:
+                    if self._is_skipped(name):
+                        continue
                     self._path.append(name)
                     self._push()
                     below = self._open_below(fd, name)
                     _closed(fd)
                     fd = below
                     self.frames[-1].has_more = fd >= 0
+                    continue
+                key = key_of([*self._path, name])
+                if not key.startswith(self._prefix):
+                    continue
+                if self._is_wanted is not None and not self._is_wanted(key, False):
+                    continue
+                status = self._stat(fd, name, key)
+                if status is not None:
+                    found.append((key, status))
         finally:
             _closed(fd)
         return found
@@ -880,17 +893,26 @@ class _Walk:
         os.close(fd)
         return below
 
+    def _is_skipped(self, name: bytes) -> bool:
+        """Return whether nothing below a directory is wanted, as far as its name tells."""
+        if self._is_wanted is None or name.endswith(_MORE_END):
+            return False
+        return not self._is_wanted(_beginning_of([*self._path, name]), True)
+
     def _open_below(self, fd: int, name: bytes, flags: int = _LISTED) -> int:
         """Open a directory; -1 if it is gone, or replaced, since its name was read, or denied."""
-        what = f"the directory {key_of(self._path)!r} of the bucket"
         try:
-            with _translating(what, "directory:read"):
-                return os.open(name, flags, dir_fd=fd)
-        except NotFound:
-            pass
-        except Denied as error:
-            self.denied = self.denied or error.message
-        return -1
+            return os.open(name, flags, dir_fd=fd)
+        except (FileNotFoundError, NotADirectoryError):
+            return -1
+        except OSError as error:
+            path = key_of(self._path)
+            try:
+                with _translating(f"directory {path!r} in the bucket", "directory:read"):
+                    raise error from None
+            except Denied as denied:
+                self.denied = self.denied or denied.message
+                return -1
 
     def _stat(self, fd: int, name: bytes, key: str) -> os.stat_result | None:
         try:
@@ -905,8 +927,7 @@ class _Walk:
 
     def _fill(self, frame: _Frame, fd: int) -> None:
         most = max(256, _BATCH >> len(self.frames))
-        what = f"the directory {key_of(self._path)!r} of the bucket"
-        with _translating(what, "directory:read"), os.scandir(fd) as entries:
+        with _translating("a directory in the bucket", "directory:read"), os.scandir(fd) as entries:
             names = heapq.nsmallest(most, self._candidates(frame, entries))
         frame.has_more = len(names) == most
         if names:
@@ -918,7 +939,8 @@ class _Walk:
     ) -> Iterator[tuple[bytes, bool]]:
         # While a component is not complete, nobody knows what it will be.
         is_open = bool(self._path) and self._path[-1].endswith(_MORE_END)
-        base = f"{key_of(self._path)}/" if self._path else ""
+        is_narrowed = bool(self._prefix) and not is_open
+        base = _beginning_of(self._path) if is_narrowed else ""
         for entry in entries:
             name = os.fsencode(entry.name)
             if name < frame.low or (name == frame.low and frame.is_low_done):
@@ -927,9 +949,9 @@ class _Walk:
                 continue
             is_dir = entry.is_dir(follow_symlinks=False)
             if not is_dir and not entry.is_file(follow_symlinks=False):
-                log.debug("%r is no regular file and thus no object", base + entry.name)
+                log.debug("%r is no regular file and thus no object", entry.name)
                 continue
-            if self._prefix and not is_open and not (is_dir and name.endswith(_MORE_END)):
+            if is_narrowed and not (is_dir and name.endswith(_MORE_END)):
                 place = _place(len(self._path), not is_dir)
                 text = base + _part_of(name, place) + "/" * is_dir
                 if not text.startswith(self._prefix) and not (
@@ -937,6 +959,11 @@ class _Walk:
                 ):
                     continue
             yield name, is_dir
+
+
+def _beginning_of(names: Sequence[bytes]) -> str:
+    """Return how all keys below a directory begin."""
+    return key_of([*names, b"x"])[:-1]
 
 
 def _target_names(key: str) -> list[bytes]:
@@ -1067,7 +1094,7 @@ def _url_path(path: str) -> str:
 
 
 @contextmanager
-def _translating(what: str, permission: str) -> Iterator[None]:
+def _translating(what: str, permission: str, missing: type[Error] = NotFound) -> Iterator[None]:
     """Turn what the operating system says of `what` into our errors."""
     try:
         yield
@@ -1075,11 +1102,18 @@ def _translating(what: str, permission: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         match error.errno:
             case errno.ENOENT | errno.ENOTDIR | errno.ELOOP:
-                raise NotFound(f"there is no {what}", backend="file") from error
+                raise missing(f"there is no {what}", backend="file") from error
             case errno.EACCES | errno.EPERM | errno.EROFS:
                 message = f"{what}: {reason}; {permission} is needed"
                 raise Denied(message, backend="file", reason=permission) from error
-            case errno.ENAMETOOLONG | errno.EINVAL | errno.EILSEQ | errno.EISDIR | errno.EXDEV:
+            case (
+                errno.ENAMETOOLONG
+                | errno.EINVAL
+                | errno.EILSEQ
+                | errno.EISDIR
+                | errno.EXDEV
+                | errno.EOPNOTSUPP
+            ):
                 message = f"the file system cannot do this with {what}: {reason}"
                 raise Unsupported(message, backend="file") from error
             case _:

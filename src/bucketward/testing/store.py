@@ -619,6 +619,10 @@ class StoreSuite:
         assert store.stat(ObjectRef(store.bucket, unique)).metadata == {}
         assert store.tags(pin) == {}
         assert [i.identity for i in listing(store, unique)] == [pin.identity]
+        if not store.has_versions:
+            assert [i.identity for i in listing(store, unique, versions=True)] == [pin.identity]
+            store.delete(pin)
+            assert listing(store, unique, versions=True) == []
 
     def test_put_if_absent_takes_only_a_free_key(self, store: Store, unique: str) -> None:
         pin = put(store, unique, b"first", if_absent=True)

@@ -137,7 +137,8 @@ class TestCephVersioned(S3Suite):
     versioned = True
 
     def test_it_declares_what_the_proxy_and_ceph_enforce(self, store):
-        assert store.conditions == {"read", "tag", "put-absent", "copy-source", "delete"}
+        # Ceph 16 ignores If-None-Match of a PUT where there are versions.
+        assert store.conditions == {"read", "tag", "copy-source", "delete"}
         assert listing(store, ".bucketward-probe", versions=True) == []
 
 
@@ -327,13 +328,21 @@ def test_nothing_of_the_body_is_fetched_once_accept_refused(ceph_direct, key):
 
 def test_over_tls_too(ceph, ceph_direct, tmp_path):
     certificate = tmp_path / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-        + ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"],
-        check=True,
-        capture_output=True,
-    )
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    names = ["-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
+    subprocess.run([*make, *names, *files], check=True, capture_output=True)
     certificate.write_bytes((tmp_path / "cert").read_bytes() + (tmp_path / "key").read_bytes())
     name = ceph_direct.make()._name
     trusting = Connections(ca_file=str(tmp_path / "cert"))
@@ -345,9 +354,11 @@ def test_over_tls_too(ceph, ceph_direct, tmp_path):
         assert fetch(store, pin)[1] == data
         assert store.tags(pin) == {"a": "1"}
 
-        with pytest.raises(Unavailable, match="TLS"):
-            ceph_direct.open(name, endpoint=proxy.url).ping()
+        distrusting = Connections(connect_timeout=0.3)
+        with pytest.raises(Unavailable, match="cannot connect to https://localhost"):
+            ceph_direct.open(name, endpoint=proxy.url, connections=distrusting).ping()
     trusting.close()
+    distrusting.close()
 
 
 # Faults
@@ -416,13 +427,13 @@ def test_a_server_that_is_not_there_is_unavailable(ceph_site):
         store.ping()
 
 
-def test_a_write_under_a_condition_is_not_repeated(versioned, key, proxy):
-    assert "put-absent" in versioned.conditions
+def test_a_write_under_a_condition_is_not_repeated(unversioned, key, proxy):
+    assert "put-absent" in unversioned.conditions
     proxy.clear()
     proxy.answer("PUT", 503, "SlowDown", times=9)
 
     with pytest.raises(Unavailable):
-        put(versioned, key, b"x", if_absent=True)
+        put(unversioned, key, b"x", if_absent=True)
 
     assert len(proxy.log()) == 1
 
@@ -434,17 +445,22 @@ KMS = (
 )
 
 
+SSE_C = (
+    "The object was stored using a form of Server Side Encryption. The correct parameters must be "
+    "provided to retrieve the object."
+)
+
+
 @pytest.mark.parametrize(
-    ("status", "code", "message", "error", "reason", "says"),
+    "case",
     [
         (403, "InvalidObjectState", "Archived", Unsupported, "archived-storage-class", "restore"),
-        (400, "InvalidRequest", "The object was stored using a form of Server Side Encryption. The "
-         "correct parameters must be provided to retrieve the object.", Unsupported, "customer-key",
+        (400, "InvalidRequest", SSE_C, Unsupported, "customer-key",
          "key that only its owner"),
         (403, "AccessDenied", KMS, Denied, "kms:Decrypt", "key/abc"),
         (400, "KMS.DisabledException", "is disabled", Denied, "kms:Decrypt", "KMS key"),
         (403, "AccessDenied", "Access Denied", Denied, "s3:GetObjectVersion", "s3:GetObjectVersion"),
-        (403, "AccessDenied", "not authorized to perform: s3:GetObject on resource: \"x\"", Denied,
+        (403, "AccessDenied", 'not authorized to perform: s3:GetObject on resource: "x"', Denied,
          "s3:GetObject", "allow s3:GetObject "),
         (403, "SignatureDoesNotMatch", "", Denied, "credentials", "credentials"),
         (400, "ExpiredToken", "The provided token has expired.", Unavailable, "", "expired"),
@@ -459,9 +475,8 @@ KMS = (
         (501, "NotImplemented", "", Unsupported, "unsupported", "will not"),
     ],
 )  # fmt: skip
-def test_the_servers_word_becomes_the_right_error(
-    versioned, key, proxy, status, code, message, error, reason, says
-):
+def test_the_servers_word_becomes_the_right_error(versioned, key, proxy, case):
+    status, code, message, error, reason, says = case
     pin = put(versioned, key, b"x")
     accept = Acceptor()
     headers = {"x-amz-bucket-region": "eu-north-1"}
@@ -542,8 +557,7 @@ def test_wrong_credentials_are_denied(ceph_site, versioned, keys):
     with pytest.raises(Denied) as caught:
         ceph_site.open(versioned._name, keys=keys).ping()
 
-    assert caught.value.reason == "credentials"
-    assert "wrong" not in str(caught.value)
+    assert keys[1] not in caught.value.message.split()
 
 
 def test_a_bucket_that_is_not_there_is_not_found(ceph_site):

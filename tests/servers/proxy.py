@@ -70,10 +70,10 @@ def run_proxy(
     `certificate` is a PEM file with a key for "localhost" and makes it speak TLS, without control.
     """
     host, _, port = upstream.removeprefix("http://").partition(":")
+    # pdeathsig: a test run that is killed outright leaves no proxy behind.
+    program = ["setpriv", "--pdeathsig", "KILL", sys.executable, __file__]
     server = subprocess.Popen(
-        # pdeathsig: a test run that is killed outright leaves no proxy behind.
-        ["setpriv", "--pdeathsig", "KILL", sys.executable, __file__]
-        + [host, port, access_key, secret_key, certificate],  # noqa: RUF005 - two commands
+        [*program, host, port, access_key, secret_key, certificate],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -227,7 +227,7 @@ class S3Store:
 
     def ping(self) -> None:
         self._xml("GET", {"list-type": "2", "max-keys": "1"}, may="s3:ListBucket")
-        self._versioning()
+        self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
 
     def close(self) -> None:
         if self._owns_connections:
@@ -307,7 +307,11 @@ class S3Store:
         if info.version_id is None:
             self._look(info)
         may = "s3:GetObjectVersionTagging" if version else "s3:GetObjectTagging"
-        reply = self._xml("GET", {"tagging": "", "versionId": version}, info.key, may=may)
+        query = {"tagging": "", "versionId": version}
+        content, _ = self._do("GET", query, info.key, may=may)
+        if not content and not self._is_aws:  # Ceph 16, of an object made in parts
+            return {}
+        reply = _parse(content, self._thing(info.key, version))
         return {_text(tag, "Key"): _text(tag, "Value") for tag in reply.iter("Tag")}
 
     def replace_tags(self, info: ObjectInfo, tags: Mapping[str, str]) -> None:
@@ -356,7 +360,9 @@ class S3Store:
                 _, reply = self._do("PUT", query, key, body=part, may="s3:PutObject")
                 return reply.get("etag", "")
 
-            return self._in_parts(key, size, self._part_size, fields, upload, if_absent=if_absent)
+            info = self._in_parts(key, size, self._part_size, fields, upload, if_absent=if_absent)
+            self._mend_tags(info, tags)
+            return info
         _, reply = self._do(
             "PUT",
             {},
@@ -393,6 +399,7 @@ class S3Store:
             ("x-amz-copy-source", source._copy_source(info)),
             ("x-amz-copy-source-if-match", f'"{info.etag}"'),
         ]
+        origin = source._thing(info.key, info.version_id)
         absent = self._if_absent(key, "copy-absent", is_wanted=if_absent)
         fields: list[tuple[str, str]] = []
         if info.storage_class:
@@ -407,14 +414,16 @@ class S3Store:
                 query = {"partNumber": str(number), "uploadId": upload_id}
                 part = ("x-amz-copy-source-range", f"bytes={start}-{start + length - 1}")
                 fields = [*condition, part]
-                reply = self._xml("PUT", query, key, fields, body=b"", may="s3:PutObject")
+                reply = self._xml(
+                    "PUT", query, key, fields, body=b"", may="s3:PutObject", source=origin
+                )
                 return _text(reply, "ETag")
 
             def complete() -> None:
                 if not is_exact:
                     source._look(info)
 
-            return self._in_parts(
+            copied = self._in_parts(
                 key,
                 info.size,
                 self._copy_part_size,
@@ -423,6 +432,8 @@ class S3Store:
                 if_absent=if_absent,
                 before_completion=complete,
             )
+            self._mend_tags(copied, kept)
+            return copied
         if tags is not None:
             fields.append(("x-amz-tagging-directive", "REPLACE"))
             fields.append(("x-amz-tagging", _tag_field(tags)))
@@ -437,6 +448,7 @@ class S3Store:
             body=b"",
             may="s3:PutObject",
             is_retried=not absent,
+            source=origin,
         )
         etag = _text(_parse(content, self._thing(key)), "ETag")
         copied = self._written(key, info.size, reply.get("x-amz-version-id"), etag, reply)
@@ -447,9 +459,8 @@ class S3Store:
                 with suppress(NotFound, Changed):
                     self.delete(copied)
                 raise
-        # Ceph 16 keeps the source's tags whatever the directive says.
-        if tags is not None and not self._is_aws and self.tags(copied) != tags:
-            self.replace_tags(copied, tags)
+        if tags is not None:
+            self._mend_tags(copied, tags)
         return copied
 
     def delete(self, info: ObjectInfo) -> None:
@@ -519,7 +530,8 @@ class S3Store:
             raise Unavailable(message, backend="s3") from error
         version = headers.get("x-amz-version-id") or None
         token = ""
-        if version == "null":
+        # Amazon always says "null"; Ceph 16 says nothing.
+        if version == "null" or (version is None and not self._is_aws and self._versioning()):
             version, token = None, "null"
         tag_count = headers.get("x-amz-tagging-count", "")
         storage_class = headers.get("x-amz-storage-class", "")
@@ -565,6 +577,14 @@ class S3Store:
             token = "null" if version == "null" else ""
             return ObjectInfo(self.bucket, key, size, etag, written_at, known, token)
         return info
+
+    def _mend_tags(self, info: ObjectInfo, tags: Mapping[str, str]) -> None:
+        """Set the tags that a server other than Amazon's forgot.
+
+        Ceph 16 ignores those of CreateMultipartUpload, and the tagging directive of a copy.
+        """
+        if not self._is_aws and self.tags(info) != tags:
+            self.replace_tags(info, tags)
 
     def _if_absent(self, key: str, condition: str, *, is_wanted: bool) -> Headers:
         """Return the condition that `key` is free, having looked where the server has none."""
@@ -694,7 +714,10 @@ class S3Store:
         """Return "Enabled", "Suspended", or "" if the bucket never had versions."""
 
         def ask() -> str:
-            reply = self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
+            try:
+                reply = self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
+            except Denied:  # `ping` says so; each object still tells its version
+                return ""
             return _text(reply, "Status")
 
         return self._remember("versioning", ask)
@@ -768,6 +791,7 @@ class S3Store:
         *,
         body: bytes | FileBody | None = None,
         is_retried: bool = True,
+        patience: float = 1.0,
     ) -> Response:
         """Send one request; in `query` what is `None` is left out."""
         target = self._path if key is None else self._path + _encoded(key)
@@ -785,6 +809,7 @@ class S3Store:
             thing=self._thing(key),
             body=body,
             is_retried=is_retried,
+            patience=patience,
         )
 
     def _do(
@@ -797,17 +822,29 @@ class S3Store:
         may: str,
         body: bytes | FileBody | None = None,
         is_retried: bool = True,
+        source: str = "",
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Return body and headers of the answer, or raise what it says; `may` allows it."""
-        fields = [*self._usual, *headers]
-        with self._open(method, key, query, fields, body=body, is_retried=is_retried) as response:
+        """Return body and headers of the answer, or raise what it says.
+
+        `may` is the permission that allows it, `source` the object that a copy is made of.
+        """
+        with self._open(
+            method,
+            key,
+            query,
+            [*self._usual, *headers],
+            body=body,
+            is_retried=is_retried,
+            # The server is at work on gigabytes; Amazon's sends blanks meanwhile, others nothing.
+            patience=20.0 if source or method == "POST" else 1.0,
+        ) as response:
             version = query.get("versionId")
             if not 200 <= response.status < 300:
-                raise self._error(response, key, version, may=may)
+                raise self._error(response, key, version, may=may, source=source)
             content = response.read(MAX_REPLY)
             # A copy or a completion that takes long is begun with 200 and may fail all the same.
             if b"<Error>" in content[:1000] and method in ("PUT", "POST"):
-                raise self._error(response, key, version, may=may, body=content)
+                raise self._error(response, key, version, may=may, source=source, body=content)
             return content, response.headers
 
     def _xml(
@@ -819,8 +856,9 @@ class S3Store:
         *,
         may: str,
         body: bytes | None = None,
+        source: str = "",
     ) -> Element:
-        content, _ = self._do(method, query, key, headers, may=may, body=body)
+        content, _ = self._do(method, query, key, headers, may=may, body=body, source=source)
         return _parse(content, self._thing(key))
 
     def _thing(self, key: str | None = None, version: str | None = None) -> str:
@@ -837,6 +875,7 @@ class S3Store:
         version: str | None,
         *,
         may: str,
+        source: str = "",
         body: bytes | None = None,
     ) -> Error:
         if body is None:
@@ -851,7 +890,7 @@ class S3Store:
             response.status,
             response.headers,
             body,
-            thing=self._thing(key, version),
+            thing=f"{source} as {self._thing(key)}" if source else self._thing(key, version),
             bucket=self.bucket,
             region=self.region,
             may=may,
@@ -1101,7 +1140,7 @@ def _translated(
         if home and home != region:
             return make(ConfigError, f"{bucket} is in region {home}: open it with region={home}")
         return make(ConfigError, f"{bucket}: region or endpoint is wrong")
-    if status == 412:
+    if status == 412 or code == "PreconditionFailed":
         return make(Changed, f"{thing} is another object now, or exists already")
     if status == 416:
         return make(Changed, f"{thing} is shorter than it was")
@@ -1123,13 +1162,13 @@ def _translated(
         return make(Unavailable, f"{thing}: the credentials have expired or a clock is wrong")
     if code in _BAD_CREDENTIALS:
         return make(Denied, f"{bucket}: the server does not know these credentials", "credentials")
-    if status in (401, 403):
+    if status in (401, 403) or code == "AccessDenied":
         if _LOCKED.search(said):
             return make(Denied, f"{thing}: a lock or legal hold keeps it", "object-lock")
         return make(Denied, f"{thing}: allow {action} (S3 says so of missing keys too)", action)
     if status in (409, 429) or (status >= 500 and status != 501) or code in _LATER:
         return make(Unavailable, f"{thing}: the server cannot do it now")
     is_no_version = code == "InvalidArgument" and "version" in said.lower()
-    if status in (404, 405) or is_no_version:
+    if status in (404, 405) or is_no_version or code in ("NoSuchKey", "NoSuchVersion"):
         return make(NotFound, f"{thing} is gone")
     return make(Unsupported, f"{thing}: the server will not do it", Reason.UNSUPPORTED)

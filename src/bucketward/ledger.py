@@ -174,12 +174,8 @@ class Ledger:
             return
         if changes.result.action_state == "pending":
             return
-        self.state.commit(
-            [
-                Put("results", changes.records[0].record, version=stored.version),
-                *(c for c in changes.records[1:] if not isinstance(c, Put) or c.table != "outbox"),
-            ]
-        )
+        first = Put("results", changes.records[0].record, version=stored.version)
+        self.state.commit([first, *changes.records[1:]])
 
     def _changes(self, result: ScanResult) -> _Changes:
         day = result.scanned_at.strftime("%Y-%m-%d")
@@ -204,10 +200,11 @@ class Ledger:
             records.append(Delete("verdicts", verdict_id(info.bucket, info.key, info.identity)))
         else:
             records.append(Put("verdicts", self._verdict_record(result)))
-        records += [
-            Put("outbox", _outbox_record(due, result.scanned_at), version=0)
-            for due in self._notes(result)
-        ]
+        if result.action_state != "pending":  # people are told how it ended
+            records += [
+                Put("outbox", _outbox_record(due, result.scanned_at), version=0)
+                for due in self._notes(result)
+            ]
         amounts = {str(result.verdict): 1, f"{result.verdict}.bytes": info.size}
         for reason in result.reasons:
             amounts[f"reason.{reason}"] = 1

@@ -256,7 +256,7 @@ class House:
         return found
 
     def _notes(self, result: ScanResult) -> Sequence[Due]:
-        if not self.config.notifiers or result.action_state == "pending":
+        if not self.config.notifiers:
             return ()
         note = scan_result(result)
         return [

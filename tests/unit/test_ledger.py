@@ -103,8 +103,11 @@ def test_a_pending_action_becomes_done_and_is_counted_once(ledger):
     done = replace(pending, action_state="done")
     ledger.record([pending])
     assert ledger.verdicts([pending.object])[0].verdict is Verdict.INFECTED
+    assert ledger.due_notes() == []
     ledger.record([done])
     ledger.record([pending])
+    ledger.record([done])
+    assert len(ledger.due_notes()) == 1
 
     assert ledger.result(done.id).action_state == "done"
     assert ledger.verdicts([pending.object]) == [None]

@@ -60,6 +60,9 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "audit": ("day",),
 }
 
+_MAX_RESULT = 200 * 1024  # of 256 KiB, which a record and a message may have
+_MAX_TEXT = 2048
+_MANY, _FEW = 100, 10  # findings of one engine that are kept
 _BATCH = 100  # the most changes in one commit: the State Protocol
 RETRY_AFTER = (3600.0, 6 * 3600.0, 24 * 3600.0)
 """When an object with verdict Error is tried again, in seconds after each failure."""
@@ -545,7 +548,16 @@ def _load_due(body: str) -> Due:
 
 
 def dump_result(result: ScanResult) -> str:
-    """Return a result as JSON text, as the ledger and the results queue keep it."""
+    """Return a result as JSON text, as the ledger and the results queue keep it.
+
+    However much the engines had to say, it fits into a record and a message: what is too long is
+    cut, findings down to the first hundred of each engine.
+    """
+    text = _dump_result(result, _MANY)
+    return text if len(text) <= _MAX_RESULT else _dump_result(result, _FEW)
+
+
+def _dump_result(result: ScanResult, findings: int) -> str:
     info = result.object
     fields: dict[str, Any] = {
         "id": result.id,
@@ -561,7 +573,7 @@ def dump_result(result: ScanResult) -> str:
         "verdict": result.verdict,
         "scanned_at": result.scanned_at.isoformat(),
         "reasons": result.reasons,
-        "reports": [_dump_report(report) for report in result.reports],
+        "reports": [_dump_report(report, findings) for report in result.reports],
         "sha256": result.sha256,
         "seconds": round(result.seconds, 6),
         "action": result.action,
@@ -579,17 +591,20 @@ def dump_result(result: ScanResult) -> str:
         "tag_note",
     ):
         if value := getattr(result, name):
-            fields[name] = value
+            fields[name] = value[:_MAX_TEXT]
     return json.dumps(fields)
 
 
-def _dump_report(report: EngineReport) -> dict[str, Any]:
+def _dump_report(report: EngineReport, findings: int) -> dict[str, Any]:
     signatures = report.signatures
     return {
         "engine": report.engine,
         "verdict": report.verdict,
         "coverage": report.coverage,
-        "findings": [(f.engine, f.signature, f.member) for f in report.findings],
+        "findings": [
+            (f.engine, f.signature[:_MAX_TEXT], f.member[:_MAX_TEXT])
+            for f in report.findings[:findings]
+        ],
         "signatures": signatures
         and {
             "digest": signatures.digest,
@@ -599,7 +614,7 @@ def _dump_report(report: EngineReport) -> dict[str, Any]:
             "is_demo": signatures.is_demo,
         },
         "seconds": round(report.seconds, 6),
-        "message": report.message,
+        "message": report.message[:_MAX_TEXT],
     }
 
 

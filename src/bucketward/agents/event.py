@@ -364,12 +364,24 @@ class EventAgent:
                     self._queue.send([encode([ref]) for ref in again])
                     again = []
                 break
-            except Error as error:
+            except Unavailable as error:
                 log.warning("cannot record, keeping %d results: %s", len(results), error)
                 self._ready.clear()
                 if self._stopping.wait(_OUTAGE_POLL):
                     self._nack([work.message for work in batch], 0)
                     return
+            except Exception as error:
+                # One of them cannot be recorded, now or later: it must not hold up the others.
+                if len(batch) > 1:
+                    for work in batch:
+                        self._settle([work])
+                    return
+                log.exception("cannot record what message %s led to", batch[0].message.id)
+                if batch[0].bury:
+                    self._nack([batch[0].message], _BACKOFF_MAX)
+                else:
+                    self._try_later(batch[0], error)
+                return
         for result in results:
             self._on_result(result)
         for work in batch:

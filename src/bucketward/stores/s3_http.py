@@ -38,6 +38,9 @@ WINDOW = 1 << 20
 SMALL = 256 << 10
 """A body up to this size is waited for as a whole: one wake-up of the calling thread."""
 
+SLOWEST = 16 << 10
+"""Bytes per second below which a body is given up, after ten times `stall` for a start."""
+
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 
@@ -160,6 +163,7 @@ class Response:
         self._stall = stall
         self._sent = sent
         self._received = 0
+        self._waited = 0.0
         self._chunks: deque[bytes] = deque()
         self._wake = threading.Event()
         self._is_eager = False
@@ -235,14 +239,18 @@ class Response:
     def _wait(self, is_ready: Callable[[], bool]) -> None:
         progress = -1
         while not is_ready():
-            if not self._wake.wait(self._stall):
-                now = self._received + (self._sent.position if self._sent else 0)
-                if now == progress:
-                    self._connection.close()
-                    message = f"{self._thing}: nothing came for {self._stall:g} s"
-                    raise Unavailable(message, backend="s3")
-                progress = now
+            began = time.monotonic()
+            is_woken = self._wake.wait(self._stall)
             self._wake.clear()
+            self._waited += time.monotonic() - began
+            moved = self._received + (self._sent.position if self._sent else 0)
+            is_slow = self._waited > 10 * self._stall + moved / SLOWEST
+            if is_slow or (not is_woken and moved == progress):
+                self._connection.close()
+                what = "it comes too slowly" if is_slow else f"nothing came for {self._stall:g} s"
+                raise Unavailable(f"{self._thing}: {what}", backend="s3")
+            if not is_woken:
+                progress = moved
 
     def _on_response(self, status_code: int, headers: Headers, **_: object) -> None:
         known = self.headers

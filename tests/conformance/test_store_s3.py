@@ -854,6 +854,55 @@ def test_metadata_survives_in_any_language(versioned, key):
         put(versioned, key, b"x", metadata={"a: b\r\nc": "1"})
 
 
+def test_nobody_smuggles_a_header(versioned, key):
+    pin = put(versioned, key, b"x")
+
+    with pytest.raises(Unsupported):
+        put(versioned, key, b"x", headers={"content-type": "a\r\nx-amz-acl: public-read"})
+    with pytest.raises(Changed):
+        fetch(versioned, ObjectRef(pin.bucket, key, etag='x"\r\nRange: bytes=0-0'))
+    with pytest.raises(NotFound):
+        fetch(versioned, ObjectRef(pin.bucket, key, version_id="x&acl\r\n"))
+    with pytest.raises(Unsupported):
+        versioned.replace_tags(pin, {"a": "lone \ud800"})
+    with pytest.raises(Unsupported):
+        versioned.list("lone \ud800")
+
+
+@pytest.mark.parametrize("cursor", ["x", "[]", "1", '["a", 1]', "null"])
+def test_what_is_no_cursor_is_refused(versioned, unversioned, cursor):
+    for store in (versioned, unversioned):
+        with pytest.raises(Unsupported):
+            store.list(cursor=cursor)
+
+
+def test_a_bucket_that_may_only_be_written_takes_objects(versioned, key, proxy):
+    proxy.answer("(HEAD|GET) ", 403, "AccessDenied", times=9)
+
+    pin = put(versioned, key, b"x")
+
+    proxy.clear()
+    assert versioned.stat(pin.ref).identity == pin.identity
+
+
+def test_a_range_other_than_the_one_asked_for_is_not_taken(versioned, key, proxy):
+    pin = put(versioned, key, b"0123456789")
+    headers = {
+        "Content-Range": "bytes 0-1/10",
+        "ETag": f'"{pin.etag}"',
+        "Last-Modified": "Sat, 21 Nov 2026 02:05:44 GMT",
+        "x-amz-version-id": pin.version_id,
+    }
+    proxy.fail("GET", "answer", status=206, body="01", headers=headers)
+    accept = Acceptor()
+
+    with pytest.raises(Unavailable, match="another range"):
+        versioned.read(pin, accept, start=4, length=2)
+
+    assert accept.infos == []
+    accept.close()
+
+
 def test_put_of_a_file_range_leaves_the_rest(versioned, key):
     with file_of(b"x" * 100_000) as fd:
         pin = versioned.put(key, fd, 70_000)

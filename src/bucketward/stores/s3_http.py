@@ -124,7 +124,7 @@ class Signer:
         self._credentials = credentials
         self._known: tuple[Credentials, Any] | None = None
 
-    def sign(self, request: Any, payload: str) -> None:
+    def sign(self, request: Any, payload: str, thing: str) -> None:
         """Add the signature (version 4) to `request`; `payload` is the hash of its body."""
         # Encoded once and not normalised: `//` and `..` are ordinary in keys.
         config = awscrt.auth.AwsSigningConfig(
@@ -136,7 +136,11 @@ class Signer:
             signed_body_value=payload,
             signed_body_header_type=awscrt.auth.AwsSignedBodyHeaderType.X_AMZ_CONTENT_SHA_256,
         )
-        awscrt.auth.aws_sign_request(request, config).result(30)
+        try:
+            awscrt.auth.aws_sign_request(request, config).result(30)
+        except (AwsCrtError, FutureTimeoutError) as error:
+            message = f"{thing}: the request cannot be signed ({_crt_name(error)})"
+            raise Unavailable(message, backend="s3") from error
 
     def _provider(self) -> Any:
         credentials = self._credentials()
@@ -396,7 +400,6 @@ class Connections:
         is_fresh: bool,
     ) -> Response:
         while True:
-            connection, is_reused = self._connection(origin, is_fresh=is_fresh)
             sent: FileBody | None = None
             fields = awscrt.http.HttpHeaders([("Host", origin.authority), *headers])
             stream: Any = None
@@ -410,15 +413,17 @@ class Connections:
             if digest:
                 fields.add("Content-MD5", digest)
             request = awscrt.http.HttpRequest(method, target, fields, stream)
-            signer.sign(request, payload)
+            signer.sign(request, payload, thing)
+            connection, is_reused = self._connection(origin, is_fresh=is_fresh)
             response = Response(method, thing, stall, sent)
             try:
                 response._begin(  # noqa: SLF001 - one thing in two classes
                     connection, request, lambda it: self._give_back(origin, it)
                 )
             except AwsCrtError as error:  # closed between our look and our use
+                is_stale = is_reused and not connection.is_open()
                 response.close()
-                if is_reused:
+                if is_stale:
                     continue
                 raise Unavailable(
                     f"{thing}: no answer ({_crt_name(error)})", backend="s3"

@@ -766,6 +766,8 @@ def test_in_a_bucket_whose_versioning_is_suspended_nothing_is_overlooked(ceph_si
         "s3://bucket?endpoint=ftp://127.0.0.1",
         "s3://bucket?endpoint=http://127.0.0.1/path",
         "s3://bucket?endpoint=http://127.0.0.1:port",
+        "s3://bucket?endpoint=http://[::1",
+        "s3://[bucket",
         "s3://bucket?style=other",
         "s3://bucket?requester_pays=yes",
         "s3://bucket?secret_key=secret",

@@ -111,14 +111,17 @@ def open_s3(
     `connections` is shared by all stores of a process; a store that is given none makes its own.
     Credentials in the URL are refused.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError("this is no URL of a bucket", backend="s3") from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     region = options.pop("region", "") or "us-east-1"
     endpoint = options.pop("endpoint", "")
     style = options.pop("style", "")
     flags = {name: options.pop(name, usual) for name, usual in _FLAGS.items()}
     shown = f"s3://{parts.netloc.rpartition('@')[2]}"
-    if "@" in parts.netloc or "@" in urlsplit(endpoint).netloc:
+    if "@" in parts.netloc or "@" in endpoint:
         raise ConfigError(
             f"{shown}: no credentials in URLs; use the environment, a profile or a role",
             backend="s3",

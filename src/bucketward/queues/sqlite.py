@@ -277,7 +277,7 @@ class SqliteQueue:
     @contextmanager
     def _write(self, *, is_durable: bool = False) -> Iterator[sqlite3.Connection]:
         with self._read() as db:
-            db.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
+            db.execute("PRAGMA synchronous = FULL" if is_durable else "PRAGMA synchronous = NORMAL")
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db

@@ -1,0 +1,5 @@
+"""`python -m bucketward`."""
+
+from bucketward.cli import main
+
+main()

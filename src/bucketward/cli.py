@@ -1,0 +1,222 @@
+"""The command line.  Nothing heavy is imported before a command needs it: help stays quick."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from bucketward import __version__
+from bucketward.errors import ConfigError, Error
+
+if TYPE_CHECKING:
+    from bucketward.config import Config
+    from bucketward.wiring import House
+
+CLEAN, FOUND, PROBLEM, USAGE = 0, 1, 2, 64
+
+app = typer.Typer(
+    name="bucketward",
+    help="Antivirus for cloud object storage.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bucket_app = typer.Typer(help="Protect buckets.", rich_markup_mode=None, no_args_is_help=True)
+app.add_typer(bucket_app, name="bucket")
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="Configuration file; see docs/configuration.md."),
+]
+
+
+@app.command()
+def scan(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, directories, bucket URLs (s3://bucket/prefix), or - for standard input.",
+            show_default=False,
+        ),
+    ],
+    signatures: Annotated[
+        Path | None,
+        typer.Option(help="Directory of ClamAV database files to judge by, in a private engine."),
+    ] = None,
+    rules: Annotated[
+        Path | None, typer.Option(help="Directory of YARA rules to judge by as well.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Scan files now: one JSON line per object on standard output, a summary on standard error.
+
+    Exits 0 if all are Clean or InfectedAllowed, 1 if any is Infected or Suspicious, 2 otherwise.
+    """
+    from bucketward.ondemand import scan_targets
+
+    with _config(config) as loaded:
+        raise typer.Exit(scan_targets(loaded, targets, signatures=signatures, rules=rules))
+
+
+@app.command()
+def up(config: ConfigOption = None) -> None:
+    """Run everything here: event agent, keeper, receiver, directory watch and a managed engine."""
+    with _house(config) as house:
+        from bucketward.service import run
+
+        run(house, {"event", "keeper", "receiver", "watch"}, seed=True)
+
+
+@app.command()
+def event(config: ConfigOption = None) -> None:
+    """Run the event agent: scan what the queue announces."""
+    with _house(config) as house:
+        from bucketward.service import run
+
+        run(house, {"event"}, seed=False)
+
+
+@app.command()
+def keeper(config: ConfigOption = None) -> None:
+    """Run the background chores: sweep, outbox, retries, dead letters."""
+    with _house(config) as house:
+        from bucketward.service import run
+
+        run(house, {"keeper"}, seed=False)
+
+
+@app.command()
+def receiver(config: ConfigOption = None) -> None:
+    """Run the HTTP receiver for stores that push their events (Ceph, MinIO)."""
+    with _house(config) as house:
+        from bucketward.service import run
+
+        run(house, {"receiver"}, seed=False)
+
+
+@app.command()
+def check(config: ConfigOption = None) -> None:
+    """Open every configured backend, try it, and say what is wrong and how to mend it."""
+    with _house(config) as house:
+        problems = 0
+        for name, problem in house.check():
+            problems += bool(problem)
+            print(f"{'PROBLEM' if problem else 'ok':8}{name}{': ' + problem if problem else ''}")
+        raise typer.Exit(PROBLEM if problems else CLEAN)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"bucketward {__version__}")
+
+
+@bucket_app.command("protect")
+def bucket_protect(
+    url: Annotated[str, typer.Argument(help="s3://bucket?region=..., file:///directory")],
+    account: Annotated[str, typer.Option(help="Name of the account, from the configuration.")] = "",
+    config: ConfigOption = None,
+) -> None:
+    """Protect a bucket: its new objects announce themselves, and are scanned."""
+    with _house(config) as house:
+        protected, is_new = house.protect(url, account=account)
+        state = "is protected now" if is_new else "was protected already"
+        print(f"{protected.bucket} {state}, route {protected.route or 'by hand'}")
+
+
+@bucket_app.command("unprotect")
+def bucket_unprotect(
+    url: Annotated[str, typer.Argument(help="As it was protected.")], config: ConfigOption = None
+) -> None:
+    """Stop protecting a bucket; its results stay."""
+    with _house(config) as house:
+        house.unprotect(url)
+        print(f"{url} is not protected any more")
+
+
+@bucket_app.command("list")
+def bucket_list(config: ConfigOption = None) -> None:
+    """List the protected buckets, one JSON line each."""
+    with _house(config) as house:
+        for protected in house.ledger.protected().values():
+            print(
+                json.dumps(
+                    {
+                        "bucket": protected.bucket,
+                        "account": protected.account,
+                        "region": protected.region,
+                        "route": protected.route,
+                    }
+                )
+            )
+
+
+@contextmanager
+def _config(path: Path | None) -> Iterator[Config]:
+    import os
+
+    from bucketward.config import load
+
+    yield load(path, os.environ)
+
+
+@contextmanager
+def _house(path: Path | None) -> Iterator[House]:
+    with _config(path) as loaded:
+        from bucketward.service import set_up_logging
+        from bucketward.wiring import House
+
+        set_up_logging(loaded)
+        with House(loaded) as house:
+            yield house
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one clear message and an exit code."""
+    sys.exit(_main())
+
+
+def _main() -> int:
+    usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # its public face; typer has none
+    try:
+        result = app(standalone_mode=False)
+        return result if isinstance(result, int) else CLEAN
+    except usage_error as error:
+        show = getattr(error, "show", None)
+        if show is not None:
+            show()
+        return USAGE
+    except typer.Exit as end:
+        return end.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return PROBLEM
+    except ConfigError as error:
+        print(f"configuration: {error}", file=sys.stderr)
+        return USAGE
+    except Error as error:
+        print(str(error), file=sys.stderr)
+        return PROBLEM
+    except Exception as error:
+        # Ours to mend, not the user's to read; the log has the rest for a report.
+        logging.getLogger(__name__).debug("internal error", exc_info=True)
+        print(
+            f"internal error: {type(error).__name__}: {error}\n"
+            "Please report it; BUCKETWARD_LOG__LEVEL=debug shows where it happened.",
+            file=sys.stderr,
+        )
+        return PROBLEM
+
+
+if __name__ == "__main__":
+    main()

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import re
+import select
 import socket
 import struct
 import threading
@@ -185,18 +186,22 @@ class _Session:
     def _stream(self, file: Spooled, deadline: float) -> None:
         self._socket.sendall(b"zINSTREAM\0")
         offset = 0
+        # Above StreamMaxLength it answers while we still send, and hangs up.
+        answered = select.poll()
+        answered.register(self._socket, select.POLLIN)
         try:
             while offset < file.size:
                 chunk = os.pread(file.fd, min(_CHUNK, file.size - offset), offset)
                 if not chunk:
                     raise ValueError("the file is shorter than it was said to be")
+                if answered.poll(0):
+                    return
                 self._limit(deadline)
                 self._socket.sendall(struct.pack("!I", len(chunk)))
                 self._socket.sendall(chunk)
                 offset += len(chunk)
             self._socket.sendall(bytes(4))
         except (BrokenPipeError, ConnectionResetError):
-            # Above StreamMaxLength it answers and hangs up while we still send: the answer counts.
             return
 
     def _line(self, deadline: float) -> bytes:

@@ -62,6 +62,8 @@ _FORBIDDEN_OPTIONS = frozenset(
 )
 
 _FATAL = re.compile(r"(ERROR|LibClamAV Error): (.*)")
+_LOADING = 900.0
+"""Seconds that clamd may take to load its database."""
 _LOADED = re.compile(r"Loaded (\d+) signatures")
 
 
@@ -432,6 +434,7 @@ class _Owner:
         while (
             self._home.in_use(old.number)
             and not old.exited
+            and not (self._running is None or self._running.exited)
             and time.monotonic() < patience
             and not self._home.closing.is_set()
         ):
@@ -549,7 +552,8 @@ class _Process:
     def wait_ready(self) -> tuple[str, int]:
         """Return what clamd calls itself once it answers, and its count; "" if it ends instead."""
         pause = 0.01
-        while not self.exited and not self._home.closing.is_set():
+        patience = time.monotonic() + _LOADING
+        while not self.exited and not self._home.closing.is_set() and time.monotonic() < patience:
             try:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                     connection.settimeout(10)

@@ -22,7 +22,7 @@ from bucketward.engines.workers import Died, Late, Workers
 from bucketward.errors import Unavailable
 from bucketward.model import Reason, Spooled
 
-EXAMINER_VERSION = 1
+EXAMINER_VERSION = 2
 """To be raised with every change here that can change a verdict."""
 
 HEAD = 1024
@@ -239,6 +239,7 @@ def _gzip(data: mmap.mmap) -> None:
     while at < len(data):
         if at and data[at : at + 2] != b"\x1f\x8b":
             # Padding and what else stands behind the last member are no part of it (gzip(1)).
+            _no_zip_behind(data, at)
             return
         at = _inflate(data, at, len(data), 31)[0]
 
@@ -335,9 +336,19 @@ def _zip(data: mmap.mmap) -> None:
         if (size, found) != (plain, crc):
             raise _corrupt("a member of the zip archive does not have its checksum")
     bounds.sort()
-    for (_, end), (start, _) in pairwise(bounds):
+    for (_, end), (start, _) in pairwise([(0, 0), *bounds]):
         if start < end:
             raise Problem(Reason.ARCHIVE_LIMIT, "members of the zip archive overlap")
+        # Who reads it as a stream unpacks this; ClamAV goes by the directory alone, and of two
+        # archives in one file it looks into neither.
+        if data.find(b"PK\x03\x04", end, start) >= 0:
+            raise _unopened("the zip archive has a member that its directory does not name")
+
+
+def _no_zip_behind(data: mmap.mmap, at: int) -> None:
+    """Refuse a zip archive behind the end of another: unzip(1) opens that, ClamAV does not."""
+    if data.rfind(b"PK\x05\x06", max(at, len(data) - 65_557)) >= 0:
+        raise _unopened("a zip archive stands behind the end of this one")
 
 
 def _crc(data: mmap.mmap, start: int, end: int) -> int:
@@ -649,6 +660,7 @@ def _tar(data: mmap.mmap) -> None:
     while at < len(data):
         head = data[at : at + 512]
         if not any(head):
+            _no_zip_behind(data, at)
             return
         if len(head) < 512:
             raise _corrupt("the tar archive is cut short")

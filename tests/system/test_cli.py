@@ -25,7 +25,17 @@ from running import Process
 from servers import need
 
 COMMAND = [sys.executable, "-m", "bucketward"]
-FIELDS = ["bucket", "key", "version_id", "size", "sha256", "verdict", "reasons", "findings", "seconds"]
+FIELDS = [
+    "bucket",
+    "key",
+    "version_id",
+    "size",
+    "sha256",
+    "verdict",
+    "reasons",
+    "findings",
+    "seconds",
+]
 MARK = b"a most peculiar sequence of bytes"
 RULE = 'rule Peculiar { strings: $a = "most peculiar" condition: $a }'
 
@@ -241,7 +251,14 @@ def test_names_that_mean_harm_are_only_names(here):
     ]
 
     os.chdir(folder)  # for the relative paths below only
-    single = run(folder, "scan", "--", "-rf", os.fsdecode(b"\xff\xfe"), env={"TMPDIR": environ(here)["TMPDIR"]})
+    single = run(
+        folder,
+        "scan",
+        "--",
+        "-rf",
+        os.fsdecode(b"\xff\xfe"),
+        env={"TMPDIR": environ(here)["TMPDIR"]},
+    )
     assert single.returncode == 0
     assert single.lines[0]["key"] == "-rf"
 
@@ -485,7 +502,12 @@ def test_progress_is_shown_on_a_terminal_and_results_stay_clean(here):
 
 
 def test_help_and_version_are_there_without_anything(here):
-    for args in (["--help"], ["scan", "--help"], ["bucket", "--help"], ["bucket", "list", "--help"]):
+    for args in (
+        ["--help"],
+        ["scan", "--help"],
+        ["bucket", "--help"],
+        ["bucket", "list", "--help"],
+    ):
         done = run(here, *args, env={"BUCKETWARD_NONSENSE": "1"})
         assert done.returncode == 0
         assert b"Usage:" in done.stdout
@@ -512,7 +534,13 @@ def test_every_problem_of_the_configuration_is_named_at_once(here):
     for command in (["scan", "file"], ["up"], ["check"], ["bucket", "list"]):
         done = run(here, *command, env={"BUCKETWARD_RECEIVER__PORT": "many"})
         assert (done.returncode, done.stdout) == (64, b"")
-        for what in ("quarantine", "event.threads", "event.thread:", "engins", "BUCKETWARD_RECEIVER__PORT"):
+        for what in (
+            "quarantine",
+            "event.threads",
+            "event.thread:",
+            "engins",
+            "BUCKETWARD_RECEIVER__PORT",
+        ):
             assert what in done.err, what
     assert not (here / "bucketward-data").exists()
 

@@ -106,7 +106,9 @@ SLY = {
 @pytest.fixture(scope="module")
 def rogues(tmp_path_factory, clamav):
     """Every hostile file at once, among clean ones; what came of each is what the tests ask."""
-    pipeline = Pipeline(tmp_path_factory.mktemp("rogues") / "house", {"clamav": clamav}, policy=POLICY)
+    pipeline = Pipeline(
+        tmp_path_factory.mktemp("rogues") / "house", {"clamav": clamav}, policy=POLICY
+    )
     bodies = {case.name: case.make(eicar()) for case in hostile.HOSTILE}
     bodies |= {name: make() for name, make in (INFECTED | SLY).items()}
     bodies |= {f"clean-{n}": b"clean %d" % n for n in range(40)}
@@ -214,7 +216,10 @@ def test_a_sparse_file_of_three_gigabytes_is_not_even_fetched(make):
     results = pipeline.run(2)
 
     assert time.monotonic() - started < 5
-    assert (results["huge"].verdict, results["huge"].reasons) == (Verdict.UNSCANNABLE, ("too-large",))
+    assert (results["huge"].verdict, results["huge"].reasons) == (
+        Verdict.UNSCANNABLE,
+        ("too-large",),
+    )
     assert results["huge"].sha256 is None
     assert (pipeline.spool.taken, pipeline.spool.peak) == (1, len(b"small"))
     assert path.stat().st_size == 3 << 30

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from bucketward.errors import Denied, Unavailable, Unsupported
+from bucketward.errors import ConfigError, Denied, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
 from bucketward.ledger import QueuedResults
 from bucketward.model import ObjectRef, Verdict
@@ -85,6 +85,29 @@ def test_a_server_side_copy_that_is_refused_is_streamed(kit):
     (moved,) = listing(kit.quarantine)
     assert get(kit.quarantine, moved) == MARK
     assert kit.quarantine.stat(moved.ref).headers["content-type"] == "text/x"
+
+
+def test_a_quarantine_that_is_not_there_loses_no_verdict(kit):
+    info = put(kit.store, "k", MARK)
+    missing = NotFound("no such bucket")
+    kit.quarantine.fail["copy_from"] = [missing]
+    kit.announce("k")
+    (result,) = kit.run_until_idle(1)
+
+    assert (result.verdict, result.action_state) == (Verdict.INFECTED, "failed")
+    assert "quarantine is not there" in result.message
+    assert kit.store.tags(info)["scan-result"] == "Infected"
+    assert kit.ledger.verdicts([info])[0].verdict is Verdict.INFECTED
+
+
+def test_a_quarantine_that_cannot_be_opened_loses_no_verdict(kit):
+    info = put(kit.store, "k", MARK)
+    kit.quarantine.fail["copy_from"] = [ConfigError("no such region")]
+    kit.announce("k")
+    (result,) = kit.run_until_idle(1)
+
+    assert (result.verdict, result.action_state) == (Verdict.INFECTED, "failed")
+    assert kit.store.tags(info)["scan-result"] == "Infected"
 
 
 def test_a_locked_object_is_reported_and_kept(kit):

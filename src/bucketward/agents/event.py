@@ -16,11 +16,19 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from bucketward.actions import Actor
-from bucketward.errors import Changed, Denied, Error, NotFound, Unavailable, Unsupported
+from bucketward.errors import (
+    Changed,
+    ConfigError,
+    Denied,
+    Error,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from bucketward.events import Event, decode, encode
 from bucketward.interfaces import Queue, Store
 from bucketward.ledger import Protected, Results, Snapshot
-from bucketward.model import Message, ObjectRef, ScanResult
+from bucketward.model import Message, ObjectRef, Reason, ScanResult
 from bucketward.scan import Scanner, give_up
 
 log = logging.getLogger(__name__)
@@ -283,10 +291,9 @@ class EventAgent:
             # What is there now may have an event of its own; on an unversioned bucket, where two
             # writes can make one event, it may not.
             work.again.append(ObjectRef(ref.bucket, ref.key, uploaded_by=ref.uploaded_by))
-        except (Denied, Unsupported) as error:
-            work.results.append(
-                give_up(ref, cause, str(error), self._now(), reason=error.reason or "denied")
-            )
+        except (Denied, Unsupported, ConfigError) as error:
+            reason = Reason.DENIED if isinstance(error, Denied) else Reason.UNSUPPORTED
+            work.results.append(give_up(ref, cause, str(error), self._now(), reason=reason))
 
     def _is_alone(self, message: Message) -> bool:
         """Return whether a message may have killed agents or engines before: then it runs alone.

@@ -476,17 +476,16 @@ def test_progress_is_shown_on_a_terminal_and_results_stay_clean(here):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, b"\x18\0\x50\0\0\0\0\0")
     shown = b""
-    with (here / "results").open("wb") as results:
-        with started(
-            here, "scan", "many", stdin=theirs, stdout=results, stderr=theirs, env={"TERM": "xterm"}
-        ) as process:
-            os.close(theirs)
-            while select.select([ours], [], [], 30)[0]:
-                try:
-                    shown += os.read(ours, 65536)
-                except OSError:
-                    break
-            assert process.wait(20) == 1
+    with (here / "results").open("wb") as results, started(
+        here, "scan", "many", stdin=theirs, stdout=results, stderr=theirs, env={"TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        while select.select([ours], [], [], 30)[0]:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:
+                break
+        assert process.wait(20) == 1
     os.close(ours)
     lines = (here / "results").read_bytes().splitlines()
     assert len([json.loads(line) for line in lines]) == 401

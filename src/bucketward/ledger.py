@@ -60,6 +60,9 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "audit": ("day",),
 }
 
+_MAX_RESULT = 200 * 1024  # of 256 KiB, which a record and a message may have
+_MAX_TEXT = 2048
+_MANY, _FEW = 100, 10  # findings of one engine that are kept
 _BATCH = 100  # the most changes in one commit: the State Protocol
 _LETTER = 250 << 10  # the largest dead letter: a record's body ends at 256 KiB
 _SHOWN = 1000  # characters of a reason
@@ -176,12 +179,8 @@ class Ledger:
             return
         if changes.result.action_state == "pending":
             return
-        self.state.commit(
-            [
-                Put("results", changes.records[0].record, version=stored.version),
-                *(c for c in changes.records[1:] if not isinstance(c, Put) or c.table != "outbox"),
-            ]
-        )
+        first = Put("results", changes.records[0].record, version=stored.version)
+        self.state.commit([first, *changes.records[1:]])
 
     def _changes(self, result: ScanResult) -> _Changes:
         day = result.scanned_at.strftime("%Y-%m-%d")
@@ -206,10 +205,11 @@ class Ledger:
             records.append(Delete("verdicts", verdict_id(info.bucket, info.key, info.identity)))
         else:
             records.append(Put("verdicts", self._verdict_record(result)))
-        records += [
-            Put("outbox", _outbox_record(due, result.scanned_at), version=0)
-            for due in self._notes(result)
-        ]
+        if result.action_state != "pending":  # people are told how it ended
+            records += [
+                Put("outbox", _outbox_record(due, result.scanned_at), version=0)
+                for due in self._notes(result)
+            ]
         amounts = {str(result.verdict): 1, f"{result.verdict}.bytes": info.size}
         for reason in result.reasons:
             amounts[f"reason.{reason}"] = 1
@@ -554,7 +554,16 @@ def _load_due(body: str) -> Due:
 
 
 def dump_result(result: ScanResult) -> str:
-    """Return a result as JSON text, as the ledger and the results queue keep it."""
+    """Return a result as JSON text, as the ledger and the results queue keep it.
+
+    However much the engines had to say, it fits into a record and a message: what is too long is
+    cut, findings down to the first hundred of each engine.
+    """
+    text = _dump_result(result, _MANY)
+    return text if len(text) <= _MAX_RESULT else _dump_result(result, _FEW)
+
+
+def _dump_result(result: ScanResult, findings: int) -> str:
     info = result.object
     fields: dict[str, Any] = {
         "id": result.id,
@@ -570,7 +579,7 @@ def dump_result(result: ScanResult) -> str:
         "verdict": result.verdict,
         "scanned_at": result.scanned_at.isoformat(),
         "reasons": result.reasons,
-        "reports": [_dump_report(report) for report in result.reports],
+        "reports": [_dump_report(report, findings) for report in result.reports],
         "sha256": result.sha256,
         "seconds": round(result.seconds, 6),
         "action": result.action,
@@ -588,17 +597,20 @@ def dump_result(result: ScanResult) -> str:
         "tag_note",
     ):
         if value := getattr(result, name):
-            fields[name] = value
+            fields[name] = value[:_MAX_TEXT]
     return json.dumps(fields)
 
 
-def _dump_report(report: EngineReport) -> dict[str, Any]:
+def _dump_report(report: EngineReport, findings: int) -> dict[str, Any]:
     signatures = report.signatures
     return {
         "engine": report.engine,
         "verdict": report.verdict,
         "coverage": report.coverage,
-        "findings": [(f.engine, f.signature, f.member) for f in report.findings],
+        "findings": [
+            (f.engine, f.signature[:_MAX_TEXT], f.member[:_MAX_TEXT])
+            for f in report.findings[:findings]
+        ],
         "signatures": signatures
         and {
             "digest": signatures.digest,
@@ -608,7 +620,7 @@ def _dump_report(report: EngineReport) -> dict[str, Any]:
             "is_demo": signatures.is_demo,
         },
         "seconds": round(report.seconds, 6),
-        "message": report.message,
+        "message": report.message[:_MAX_TEXT],
     }
 
 

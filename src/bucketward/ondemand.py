@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,7 +25,7 @@ from bucketward.interfaces import Store
 from bucketward.model import ObjectInfo, ObjectRef, Reason, ScanResult, Verdict, scan_id
 from bucketward.policy import Policy, Settings
 from bucketward.scan import Scanner, give_up
-from bucketward.service import printable
+from bucketward.service import printable, set_up_logging
 from bucketward.wiring import DEMO_WARNING, House
 
 log = logging.getLogger(__name__)
@@ -70,10 +72,13 @@ def scan_targets(
     A private engine is started unless the configured one answers; one is started in any case if
     `signatures` names the database to use.
     """
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    _quieten(config)
+    if targets.count("-") > 1:
+        raise ConfigError("- is given twice, and there is one standard input")
     for folder, option in ((signatures, "--signatures"), (rules, "--rules")):
         if folder is not None and not folder.is_dir():
             raise ConfigError(f"{option}: there is no directory {folder}")
+    signal.signal(signal.SIGTERM, _terminate)
     with ExitStack() as stack:
         house = stack.enter_context(_house(config, stack, signatures, rules))
         _wait(house)
@@ -83,6 +88,19 @@ def scan_targets(
         _run(_jobs(house, targets, policy, tally), tally, threads=config.event.threads)
         _summarise(tally, time.monotonic() - started)
         return tally.code
+
+
+def _quieten(config: Config) -> None:
+    """Log what went wrong only: what there is to say is in the results and the summary."""
+    level = "debug" if config.log.level == "debug" else "error"
+    style = "json" if config.log.format == "json" else "text"
+    quiet = config.log.model_copy(update={"level": level, "format": style})
+    set_up_logging(config.model_copy(update={"log": quiet}))
+
+
+def _terminate(*_: object) -> None:
+    """Unwind, so that the private engine and its folder go with us."""
+    raise SystemExit(128 + signal.SIGTERM)
 
 
 def _house(config: Config, stack: ExitStack, signatures: Path | None, rules: Path | None) -> House:
@@ -95,10 +113,12 @@ def _house(config: Config, stack: ExitStack, signatures: Path | None, rules: Pat
         if signatures is not None:
             engines[name] = engine.model_copy(update={"url": "clamav:managed"})
         if signatures is not None or (
-            engine.url == "clamav:managed" and not (config.data / "clamd" / "lock").exists()
+            engine.url == "clamav:managed" and not _is_served(config.data)
         ):
-            # A short path: a unix socket has room for 107 bytes.
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bucketward-")))
+            folder = _private_folder(stack)
+    spool = config.spool.directory
+    if not os.access(spool, os.W_OK | os.X_OK):
+        spool = (folder if folder != config.data else _private_folder(stack)) / "spool"
     if rules is not None:
         engines["yara"] = YaraEngine.model_validate(
             {"rules": rules.absolute()}, context={"folder": Path.cwd(), "data": folder}
@@ -109,39 +129,60 @@ def _house(config: Config, stack: ExitStack, signatures: Path | None, rules: Pat
         "signatures": config.signatures.model_copy(
             update={"directory": _signatures(config, signatures)}
         ),
-        "spool": config.spool.model_copy(update={"directory": folder / "spool"}),
+        "spool": config.spool.model_copy(update={"directory": spool}),
     }
     return House(config.model_copy(update=changes))
+
+
+def _private_folder(stack: ExitStack) -> Path:
+    made = tempfile.TemporaryDirectory(prefix="bucketward-", ignore_cleanup_errors=True)
+    return Path(stack.enter_context(made))
+
+
+def _is_served(data: Path) -> bool:
+    """Return whether another process of ours keeps the managed clamd of a data folder."""
+    try:
+        with (data / "clamd" / "lock").open("rb") as lock:
+            if os.fstat(lock.fileno()).st_uid != os.geteuid():
+                return False  # its socket is not for us
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _signatures(config: Config, given: Path | None) -> Path:
     """Return the database to judge by: the one given, ours, the system's, or the demonstration."""
     from bucketward.engines.clamd import SIGNATURE_SUFFIXES, demo_signatures
 
+    def has_any(folder: Path) -> bool:
+        return any(path.suffix[1:] in SIGNATURE_SUFFIXES for path in folder.iterdir())
+
     if given is not None:
-        if not any(path.suffix[1:] in SIGNATURE_SUFFIXES for path in given.iterdir()):
-            raise ConfigError(
-                f"--signatures: {given} holds no ClamAV database (*.cvd, *.cld, *.hdb, *.ndb, ...)"
-            )
+        try:
+            if not has_any(given):
+                raise ConfigError(
+                    f"--signatures: {given} holds no ClamAV database (*.cvd, *.cld, *.hdb, *.ndb)"
+                )
+        except OSError as error:
+            raise ConfigError(f"--signatures: {given}: {error.strerror}") from error
         return given.absolute()
     for folder in (config.signatures.directory, Path("/var/lib/clamav")):
-        if folder.is_dir() and any(p.suffix[1:] in SIGNATURE_SUFFIXES for p in folder.iterdir()):
-            return folder
+        with suppress(OSError):
+            if has_any(folder):
+                return folder
     return demo_signatures()
 
 
 def _wait(house: House) -> None:
     """Wait until every engine has loaded its database."""
-    end = time.monotonic() + _LOAD_PATIENCE
-    for engine in house.engines.values():
-        while True:
-            try:
-                engine.ping()
-                break
-            except Unavailable:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.05)
+    for name, engine in house.engines.items():
+        try:
+            house.wait_for_engine(name, _LOAD_PATIENCE)
+        except Unavailable as error:
+            raise ConfigError(str(error)) from error
         if engine.signatures().is_demo:
             print(DEMO_WARNING.format("a directory and name it with --signatures"), file=sys.stderr)
 
@@ -174,6 +215,8 @@ def _jobs(house: House, targets: Sequence[str], policy: Policy, tally: _Tally) -
 
 
 def _target(house: House, target: str, policy: Policy) -> Iterator[_Job]:
+    from bucketward.stores.file import PRIVATE, key_of
+
     if target == "-":
         yield _Job(lambda: _scan_stdin(house.scanner, policy))
         return
@@ -189,15 +232,15 @@ def _target(house: House, target: str, policy: Policy) -> Iterator[_Job]:
     if path.is_symlink():
         raise Unsupported("is a symbolic link, which is not followed; name what it points to")
     if path.is_dir():
-        store = house.store("file://" + path.as_uri().removeprefix("file://"))
-        yield from _listed(house, store, "", policy)
+        yield from _listed(house, house.store(path.as_uri()), "", policy)
+        # Where this directory is a bucket, that is the store's own; elsewhere it is anybody's.
+        if os.path.lexists(private := path / PRIVATE):
+            yield from _target(house, str(private), policy)
         return
     if not path.exists():
         raise Denied("there is no such file or directory")
     if not path.is_file():
         raise Unsupported("is neither a file nor a directory")
-    from bucketward.stores.file import key_of
-
     store = house.store(path.parent.as_uri())
     key = key_of([os.fsencode(path.name)])
     yield _Job(lambda: _scan(house.scanner, store, ObjectRef(store.bucket, key), policy))
@@ -233,28 +276,35 @@ def _scan_stdin(scanner: Scanner, policy: Policy) -> ScanResult:
     started = time.monotonic()
     now = datetime.now(UTC)
     info = ObjectInfo("", "-", 0, "", now)
+    nothing = replace(give_up(info.ref, _CAUSE, "", now), object=info)
     with tempfile.TemporaryFile(dir=_folder(scanner)) as held:
         room = min(scanner.spool.largest, max(e.max_size for e in scanner.engines.values()))
-        size = 0
         while chunk := sys.stdin.buffer.read(_CHUNK):
-            size += len(chunk)
-            if size > room:
-                too_large = replace(give_up(info.ref, _CAUSE, "", now), object=info)
+            info = replace(info, size=info.size + len(chunk))
+            if info.size > room:
                 return replace(
-                    too_large,
+                    nothing,
+                    object=info,
                     verdict=Verdict.UNSCANNABLE,
                     reasons=(Reason.TOO_LARGE,),
                     message=f"more than {room} bytes",
                 )
             held.write(chunk)
         held.flush()
-        info = replace(info, size=size)
-        with scanner.spool.reserve(size) as slot:
+        with scanner.spool.reserve(info.size) as slot:
             target = slot.writable()
             offset = 0
-            while offset < size:
-                offset += os.sendfile(target, held.fileno(), offset, size - offset)
-            judgement = scanner.judge(slot.seal("-"), "-", policy)
+            while offset < info.size:
+                offset += os.sendfile(target, held.fileno(), offset, info.size - offset)
+            file = slot.seal("-")
+            for attempt in range(1, _TRIES + 1):
+                try:
+                    judgement = scanner.judge(file, "-", policy, alone=attempt == _TRIES)
+                    break
+                except Unavailable as error:
+                    if attempt == _TRIES:
+                        return replace(nothing, object=info, message=str(error))
+                    time.sleep(0.5 * attempt)
     return ScanResult(
         id=scan_id(info, _CAUSE),
         object=info,
@@ -280,9 +330,8 @@ def _folder(scanner: Scanner) -> Path:
 def _run(jobs: Iterator[_Job], tally: _Tally, *, threads: int) -> None:
     """Scan with some threads, print results in the order of the jobs, hold few at a time."""
     waiting: deque[Future[ScanResult]] = deque()
-    with ExitStack() as stack:
-        advance = stack.enter_context(_progress())
-        pool = stack.enter_context(ThreadPoolExecutor(threads, "scan"))
+    pool = ThreadPoolExecutor(threads, "scan")
+    with _progress() as advance:
         try:
             for job in jobs:
                 waiting.append(pool.submit(job.run))
@@ -291,8 +340,10 @@ def _run(jobs: Iterator[_Job], tally: _Tally, *, threads: int) -> None:
             while waiting:
                 _tell(waiting.popleft().result(), tally, advance)
         except BaseException:
+            # Interrupted, or nobody reads on: what is being scanned is not waited for.
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        pool.shutdown()
 
 
 def _tell(result: ScanResult, tally: _Tally, advance: Callable[[ScanResult], None]) -> None:

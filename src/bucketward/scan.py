@@ -33,8 +33,6 @@ from bucketward.policy import (
 from bucketward.spool import Slot, Spool, sha256
 
 _ROOM_WAIT = 600.0  # seconds a message may wait for room in the spool before it is given back
-_CLAIM = 256  # characters kept of what an event claims, as for a provider's event
-_TEXT = 1000  # characters kept of a message, which may quote a name of any length
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +176,7 @@ class Scanner:
                 slot.close()
         info = pin if pin is not None else claimed(ref, self._now())
         result = self._result(ref, info, judgement, started, cause)
-        return Scan(replace(result, message=message[:_TEXT]), is_pinned=pin is not None)
+        return Scan(replace(result, message=message), is_pinned=pin is not None)
 
     def _refuse(self, info: ObjectInfo, policy: Policy) -> None:
         """Raise `_Stop` if the answer is known without reading the object."""
@@ -253,8 +251,8 @@ class Scanner:
             seconds=time.monotonic() - started,
             message=message,
             engines=judgement.engines,
-            uploaded_by=ref.uploaded_by[:_CLAIM],
-            sequencer=ref.sequencer[:_CLAIM],
+            uploaded_by=ref.uploaded_by,
+            sequencer=ref.sequencer,
         )
 
 
@@ -304,7 +302,7 @@ def give_up(
         verdict=Verdict.ERROR,
         scanned_at=now,
         reasons=(reason,),
-        message=message[:_TEXT],
-        uploaded_by=ref.uploaded_by[:_CLAIM],
-        sequencer=ref.sequencer[:_CLAIM],
+        message=message,
+        uploaded_by=ref.uploaded_by,
+        sequencer=ref.sequencer,
     )

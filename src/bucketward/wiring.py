@@ -256,7 +256,7 @@ class House:
         return found
 
     def _notes(self, result: ScanResult) -> Sequence[Due]:
-        if not self.config.notifiers or result.action_state == "pending":
+        if not self.config.notifiers:
             return ()
         note = scan_result(result)
         return [
@@ -461,6 +461,8 @@ class House:
                 threads=config.event.threads,
                 max_deliveries=config.queue.max_deliveries,
                 drain=config.event.drain_seconds,
+                # SQS bills each request, and a longer wait is one; the others cost nothing.
+                poll=10.0 if urlsplit(config.queue.url).scheme == "sqs" else 1.0,
                 on_result=on_result,
                 on_ready=self._say_ready,
             )
@@ -577,20 +579,29 @@ class House:
         self.notifiers[name].ping()
 
     def _try_engine(self, name: str, patience: float) -> str:
-        engine = self.engines[name]
-        end = time.monotonic() + patience
-        while True:
-            try:
-                engine.ping()
-                break
-            except Unavailable:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(0.2)
-        signatures = engine.signatures()
+        self.wait_for_engine(name, patience)
+        signatures = self.engines[name].signatures()
         if signatures.is_demo:
             return DEMO_WARNING.format(self.signatures)
         return f"{signatures.version}, {signatures.count} signatures"
+
+    def wait_for_engine(self, name: str, patience: float) -> None:
+        """Wait until an engine is ready: `patience` seconds if it loads, a few if it says why not.
+
+        Raises what its ping does.
+        """
+        engine = self.engines[name]
+        started = time.monotonic()
+        while True:
+            try:
+                engine.ping()
+            except Unavailable as error:
+                waited = time.monotonic() - started
+                if waited > (patience if error.reason == "loading" else min(patience, 3.0)):
+                    raise
+                time.sleep(0.05)
+            else:
+                return
 
     def _try_bucket(self, protected: Protected) -> str:
         store = self.protected_store(protected)

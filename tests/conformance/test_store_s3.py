@@ -137,7 +137,8 @@ class TestCephVersioned(S3Suite):
     versioned = True
 
     def test_it_declares_what_the_proxy_and_ceph_enforce(self, store):
-        assert store.conditions == {"read", "tag", "put-absent", "copy-source", "delete"}
+        # Ceph 16 ignores If-None-Match of a PUT where there are versions.
+        assert store.conditions == {"read", "tag", "copy-source", "delete"}
         assert listing(store, ".bucketward-probe", versions=True) == []
 
 
@@ -327,13 +328,21 @@ def test_nothing_of_the_body_is_fetched_once_accept_refused(ceph_direct, key):
 
 def test_over_tls_too(ceph, ceph_direct, tmp_path):
     certificate = tmp_path / "both.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        + ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-        + ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"],
-        check=True,
-        capture_output=True,
-    )
+    make = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    ]
+    names = ["-addext", "subjectAltName=DNS:localhost"]
+    files = ["-keyout", tmp_path / "key", "-out", tmp_path / "cert"]
+    subprocess.run([*make, *names, *files], check=True, capture_output=True)
     certificate.write_bytes((tmp_path / "cert").read_bytes() + (tmp_path / "key").read_bytes())
     name = ceph_direct.make()._name
     trusting = Connections(ca_file=str(tmp_path / "cert"))
@@ -345,9 +354,11 @@ def test_over_tls_too(ceph, ceph_direct, tmp_path):
         assert fetch(store, pin)[1] == data
         assert store.tags(pin) == {"a": "1"}
 
-        with pytest.raises(Unavailable, match="TLS"):
-            ceph_direct.open(name, endpoint=proxy.url).ping()
+        distrusting = Connections(connect_timeout=0.3)
+        with pytest.raises(Unavailable, match="cannot connect to https://localhost"):
+            ceph_direct.open(name, endpoint=proxy.url, connections=distrusting).ping()
     trusting.close()
+    distrusting.close()
 
 
 # Faults
@@ -385,7 +396,7 @@ def test_a_body_that_ends_early_is_unavailable(versioned, key, proxy):
     proxy.fail("GET", "truncate", 9)
     accept = Acceptor()
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="ended early"):
         versioned.read(pin, accept)
 
     assert len(accept.infos) == 1
@@ -402,10 +413,22 @@ def test_a_server_that_falls_silent_is_given_up(versioned, ceph_site, key, proxy
     proxy.fail("GET", "delay", 9, seconds=3)
     started = time.monotonic()
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="nothing came for"):
         fetch(store, pin)
 
     assert time.monotonic() - started < 4
+    impatient.close()
+
+
+def test_a_server_that_drips_is_given_up(versioned, ceph_site, key, proxy):
+    pin = put(versioned, key, b"x" * 300_000)
+    impatient = Connections(stall=0.1)
+    store = ceph_site.open(versioned._name, connections=impatient)
+    proxy.fail("GET", "drip", 9)
+
+    with pytest.raises(Unavailable, match="too slowly"):
+        fetch(store, pin)
+
     impatient.close()
 
 
@@ -416,13 +439,13 @@ def test_a_server_that_is_not_there_is_unavailable(ceph_site):
         store.ping()
 
 
-def test_a_write_under_a_condition_is_not_repeated(versioned, key, proxy):
-    assert "put-absent" in versioned.conditions
+def test_a_write_under_a_condition_is_not_repeated(unversioned, key, proxy):
+    assert "put-absent" in unversioned.conditions
     proxy.clear()
     proxy.answer("PUT", 503, "SlowDown", times=9)
 
-    with pytest.raises(Unavailable):
-        put(versioned, key, b"x", if_absent=True)
+    with pytest.raises(Unavailable, match="SlowDown"):
+        put(unversioned, key, b"x", if_absent=True)
 
     assert len(proxy.log()) == 1
 
@@ -434,17 +457,22 @@ KMS = (
 )
 
 
+SSE_C = (
+    "The object was stored using a form of Server Side Encryption. The correct parameters must be "
+    "provided to retrieve the object."
+)
+
+
 @pytest.mark.parametrize(
-    ("status", "code", "message", "error", "reason", "says"),
+    "case",
     [
         (403, "InvalidObjectState", "Archived", Unsupported, "archived-storage-class", "restore"),
-        (400, "InvalidRequest", "The object was stored using a form of Server Side Encryption. The "
-         "correct parameters must be provided to retrieve the object.", Unsupported, "customer-key",
+        (400, "InvalidRequest", SSE_C, Unsupported, "customer-key",
          "key that only its owner"),
         (403, "AccessDenied", KMS, Denied, "kms:Decrypt", "key/abc"),
         (400, "KMS.DisabledException", "is disabled", Denied, "kms:Decrypt", "KMS key"),
         (403, "AccessDenied", "Access Denied", Denied, "s3:GetObjectVersion", "s3:GetObjectVersion"),
-        (403, "AccessDenied", "not authorized to perform: s3:GetObject on resource: \"x\"", Denied,
+        (403, "AccessDenied", 'not authorized to perform: s3:GetObject on resource: "x"', Denied,
          "s3:GetObject", "allow s3:GetObject "),
         (403, "SignatureDoesNotMatch", "", Denied, "credentials", "credentials"),
         (400, "ExpiredToken", "The provided token has expired.", Unavailable, "", "expired"),
@@ -459,9 +487,8 @@ KMS = (
         (501, "NotImplemented", "", Unsupported, "unsupported", "will not"),
     ],
 )  # fmt: skip
-def test_the_servers_word_becomes_the_right_error(
-    versioned, key, proxy, status, code, message, error, reason, says
-):
+def test_the_servers_word_becomes_the_right_error(versioned, key, proxy, case):
+    status, code, message, error, reason, says = case
     pin = put(versioned, key, b"x")
     accept = Acceptor()
     headers = {"x-amz-bucket-region": "eu-north-1"}
@@ -492,18 +519,18 @@ def test_the_servers_word_becomes_the_right_error(
     ],
 )
 def test_a_reply_that_is_none_is_unavailable(versioned, proxy, body):
-    proxy.fail("GET", "answer", 9, status=200, code="", body=body)
+    proxy.fail("GET", "answer", 9, status=200, body=body)
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match=r"the reply (is no XML|has a document type)"):
         versioned.list()
 
 
 def test_an_error_that_comes_with_200_is_an_error(versioned, ceph_site, key, proxy):
     pin = put(versioned, key, b"x")
     body = "<?xml version='1.0'?>\n  <Error><Code>InternalError</Code><Message>x</Message></Error>"
-    proxy.fail("PUT", "answer", 9, status=200, code="", body=body)
+    proxy.fail("PUT", "answer", 9, status=200, body=body)
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="InternalError"):
         versioned.copy_from(versioned, pin, f"{key}-copy")
 
 
@@ -542,8 +569,7 @@ def test_wrong_credentials_are_denied(ceph_site, versioned, keys):
     with pytest.raises(Denied) as caught:
         ceph_site.open(versioned._name, keys=keys).ping()
 
-    assert caught.value.reason == "credentials"
-    assert "wrong" not in str(caught.value)
+    assert keys[1] not in caught.value.message.split()
 
 
 def test_a_bucket_that_is_not_there_is_not_found(ceph_site):
@@ -656,7 +682,7 @@ def test_nothing_is_left_of_parts_that_failed(parted, ceph_site, proxy, key, wha
     pin = put(parted, f"{key}-source", data)
     proxy.answer("partNumber=2", 503, "SlowDown", times=9)
 
-    with pytest.raises(Unavailable):
+    with pytest.raises(Unavailable, match="SlowDown"):
         if what == "put":
             put(parted, key, data)
         else:
@@ -740,6 +766,8 @@ def test_in_a_bucket_whose_versioning_is_suspended_nothing_is_overlooked(ceph_si
         "s3://bucket?endpoint=ftp://127.0.0.1",
         "s3://bucket?endpoint=http://127.0.0.1/path",
         "s3://bucket?endpoint=http://127.0.0.1:port",
+        "s3://bucket?endpoint=http://[::1",
+        "s3://[bucket",
         "s3://bucket?style=other",
         "s3://bucket?requester_pays=yes",
         "s3://bucket?secret_key=secret",
@@ -826,6 +854,55 @@ def test_metadata_survives_in_any_language(versioned, key):
     assert versioned.stat(pin.ref).metadata == metadata
     with pytest.raises(Unsupported):
         put(versioned, key, b"x", metadata={"a: b\r\nc": "1"})
+
+
+def test_nobody_smuggles_a_header(versioned, key):
+    pin = put(versioned, key, b"x")
+
+    with pytest.raises(Unsupported):
+        put(versioned, key, b"x", headers={"content-type": "a\r\nx-amz-acl: public-read"})
+    with pytest.raises(Changed):
+        fetch(versioned, ObjectRef(pin.bucket, key, etag='x"\r\nRange: bytes=0-0'))
+    with pytest.raises(NotFound):
+        fetch(versioned, ObjectRef(pin.bucket, key, version_id="x&acl\r\n"))
+    with pytest.raises(Unsupported):
+        versioned.replace_tags(pin, {"a": "lone \ud800"})
+    with pytest.raises(Unsupported):
+        versioned.list("lone \ud800")
+
+
+@pytest.mark.parametrize("cursor", ["x", "[]", "1", '["a", 1]', "null"])
+def test_what_is_no_cursor_is_refused(versioned, unversioned, cursor):
+    for store in (versioned, unversioned):
+        with pytest.raises(Unsupported):
+            store.list(cursor=cursor)
+
+
+def test_a_bucket_that_may_only_be_written_takes_objects(versioned, key, proxy):
+    proxy.answer("(HEAD|GET) ", 403, "AccessDenied", times=9)
+
+    pin = put(versioned, key, b"x")
+
+    proxy.clear()
+    assert versioned.stat(pin.ref).identity == pin.identity
+
+
+def test_a_range_other_than_the_one_asked_for_is_not_taken(versioned, key, proxy):
+    pin = put(versioned, key, b"0123456789")
+    headers = {
+        "Content-Range": "bytes 0-1/10",
+        "ETag": f'"{pin.etag}"',
+        "Last-Modified": "Sat, 21 Nov 2026 02:05:44 GMT",
+        "x-amz-version-id": pin.version_id,
+    }
+    proxy.fail("GET", "answer", status=206, body="01", headers=headers)
+    accept = Acceptor()
+
+    with pytest.raises(Unavailable, match="another range"):
+        versioned.read(pin, accept, start=4, length=2)
+
+    assert accept.infos == []
+    accept.close()
 
 
 def test_put_of_a_file_range_leaves_the_rest(versioned, key):

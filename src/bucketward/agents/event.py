@@ -14,14 +14,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 
 from bucketward.actions import Actor
-from bucketward.errors import Changed, Denied, Error, NotFound, Unavailable, Unsupported
+from bucketward.errors import (
+    Changed,
+    ConfigError,
+    Denied,
+    Error,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from bucketward.events import Event, decode, encode
 from bucketward.interfaces import Queue, Store
 from bucketward.ledger import Protected, Results, Snapshot
-from bucketward.model import Message, ObjectRef, ScanResult
+from bucketward.model import Message, ObjectRef, Reason, ScanResult
 from bucketward.scan import Scanner, give_up
 
 log = logging.getLogger(__name__)
@@ -284,10 +291,9 @@ class EventAgent:
             # What is there now may have an event of its own; on an unversioned bucket, where two
             # writes can make one event, it may not.
             work.again.append(ObjectRef(ref.bucket, ref.key, uploaded_by=ref.uploaded_by))
-        except (Denied, Unsupported) as error:
-            work.results.append(
-                give_up(ref, cause, str(error), self._now(), reason=error.reason or "denied")
-            )
+        except (Denied, Unsupported, ConfigError) as error:
+            reason = Reason.DENIED if isinstance(error, Denied) else Reason.UNSUPPORTED
+            work.results.append(give_up(ref, cause, str(error), self._now(), reason=reason))
 
     def _is_alone(self, message: Message) -> bool:
         """Return whether a message may have killed agents or engines before: then it runs alone.
@@ -365,51 +371,26 @@ class EventAgent:
                     self._queue.send([encode([ref]) for ref in again])
                     again = []
                 break
-            except Exception as error:
-                if isinstance(error, Unsupported) or not isinstance(error, Error):
-                    # It is one of these results that can never be recorded, or a bug.
-                    self._settle_apart(batch, error)
-                    return
+            except (Unavailable, Denied, ConfigError) as error:
                 log.warning("cannot record, keeping %d results: %s", len(results), error)
                 self._ready.clear()
                 if self._stopping.wait(_OUTAGE_POLL):
                     self._nack([work.message for work in batch], 0)
                     return
+            except Exception as error:
+                # One of them cannot be recorded, now or later: it must not hold up the others.
+                if len(batch) > 1:
+                    for work in batch:
+                        self._settle([work])
+                    return
+                log.exception("cannot record what message %s led to", batch[0].message.id)
+                if batch[0].bury:
+                    self._nack([batch[0].message], _BACKOFF_MAX)
+                else:
+                    self._try_later(batch[0], error)
+                return
         for result in results:
             self._on_result(result)
-        self._finish(batch)
-
-    def _settle_apart(self, batch: Sequence[_Work], error: Exception) -> None:
-        """Record what can be recorded, piece by piece, and bury the messages of the rest."""
-        if len(batch) > 1:
-            for work in batch:
-                self._settle([work])
-            return
-        (work,) = batch
-        log.error("cannot record what message %s brought: %s", work.message.id, error)
-        # Sent before, they may be sent twice: that is one scan too many.
-        steps: list[Callable[[], None]] = [
-            *(partial(self._results.record, [result]) for result in work.results),
-            *(partial(self._results.forget, [ref]) for ref in work.gone),
-            *(partial(self._queue.send, [encode([ref])]) for ref in work.again),
-        ]
-        for number, step in enumerate(steps):
-            try:
-                step()
-            except (Unavailable, Changed, Denied) as outage:
-                log.warning("cannot record, giving message %s back: %s", work.message.id, outage)
-                self._nack([work.message], _OUTAGE_POLL)
-                return
-            except Exception as lost:
-                log.exception("lost a result of message %s", work.message.id)
-                work.bury = f"its result cannot be recorded: {lost}"
-                continue
-            if number < len(work.results):
-                self._on_result(work.results[number])
-        self._finish(batch)
-
-    def _finish(self, batch: Sequence[_Work]) -> None:
-        """Bury or acknowledge what has been recorded."""
         for work in batch:
             if work.bury:
                 try:

@@ -134,12 +134,16 @@ class _Home:
         if self.wake.wait(seconds):
             self.wake.clear()
 
-    def problem(self) -> str:
+    def problem(self) -> Unavailable:
         """Return why no daemon serves."""
         try:
-            return (self.base / "problem").read_text("utf-8")
+            return Unavailable((self.base / "problem").read_text("utf-8"), backend="clamav")
         except OSError:
-            return "clamd is starting: it loads its signature database"
+            return Unavailable(
+                "clamd is starting: it loads its signature database",
+                backend="clamav",
+                reason="loading",
+            )
 
     def say_problem(self, text: str) -> None:
         """Let every process know why no daemon serves, or with "" that one does."""
@@ -216,7 +220,7 @@ class Clamd:
                 return self._cached
             daemon = _read_daemon(self._home.base / f"{number}.json", number)
         except (OSError, ValueError, KeyError, TypeError):
-            raise Unavailable(self._home.problem(), backend="clamav") from None
+            raise self._home.problem() from None
         self._cached = daemon
         return daemon
 

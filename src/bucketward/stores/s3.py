@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -111,14 +111,17 @@ def open_s3(
     `connections` is shared by all stores of a process; a store that is given none makes its own.
     Credentials in the URL are refused.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError("this is no URL of a bucket", backend="s3") from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     region = options.pop("region", "") or "us-east-1"
     endpoint = options.pop("endpoint", "")
     style = options.pop("style", "")
     flags = {name: options.pop(name, usual) for name, usual in _FLAGS.items()}
     shown = f"s3://{parts.netloc.rpartition('@')[2]}"
-    if "@" in parts.netloc or "@" in urlsplit(endpoint).netloc:
+    if "@" in parts.netloc or "@" in endpoint:
         raise ConfigError(
             f"{shown}: no credentials in URLs; use the environment, a profile or a role",
             backend="s3",
@@ -227,7 +230,7 @@ class S3Store:
 
     def ping(self) -> None:
         self._xml("GET", {"list-type": "2", "max-keys": "1"}, may="s3:ListBucket")
-        self._versioning()
+        self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
 
     def close(self) -> None:
         if self._owns_connections:
@@ -245,8 +248,9 @@ class S3Store:
             query["start-after"] = _cursor(cursor)[0]
         page = self._listing(query, may="s3:ListBucket")
         items = [self._listed(entry, page) for entry in page.iter("Contents")]
-        more = _text(page, "IsTruncated") == "true" and items
-        return Page(items, json.dumps([items[-1].key, ""]) if more else "")
+        if _text(page, "IsTruncated") != "true" or not items:
+            return Page(items)
+        return Page(items, self._advanced(cursor, [items[-1].key, ""]))
 
     def prefixes(self, prefix: str = "", delimiter: str = "/") -> Iterator[str]:
         query: dict[str, str | None]
@@ -255,9 +259,10 @@ class S3Store:
             page = self._listing(query, may="s3:ListBucket")
             for entry in page.iter("CommonPrefixes"):
                 yield _decoded(_text(entry, "Prefix"), page)
-            query["continuation-token"] = _text(page, "NextContinuationToken")
-            if _text(page, "IsTruncated") != "true" or not query["continuation-token"]:
+            token = _text(page, "NextContinuationToken")
+            if _text(page, "IsTruncated") != "true" or not token:
                 return
+            query["continuation-token"] = token
 
     def stat(self, ref: ObjectRef) -> ObjectInfo:
         info = self._head(ref.key, ref.version_id)
@@ -274,7 +279,7 @@ class S3Store:
     ) -> ObjectInfo:
         key, version = ref.key, _version_of(ref)
         headers = list(self._usual)
-        if ref.etag and not version:
+        if ref.etag and not version and _is_header(ref.etag):
             headers.append(("If-Match", f'"{ref.etag}"'))
         is_range = start > 0 or length is not None
         if is_range:
@@ -291,10 +296,13 @@ class S3Store:
                 raise self._error(response, key, version, may=may)
             info = self._pin(key, response.headers)
             self._expect(info, ref.version_id, ref.etag)
-            if response.status == 200:
-                skip, wanted = start, info.size - start if length is None else length
-            else:
-                skip, wanted = 0, info.size - start if length is None else length
+            skip = start if response.status == 200 else 0
+            if response.status == 206:
+                told = response.headers.get("content-range", "")
+                if not told.startswith(f"bytes {start}-"):
+                    message = f"{self._thing(key, version)}: the server sent another range"
+                    raise Unavailable(message, backend="s3")
+            wanted = info.size - start if length is None else length
             wanted = max(0, min(wanted, info.size - start))
             written = _write_all(response.chunks(), accept(info), skip, wanted)
         if written != wanted:
@@ -307,7 +315,11 @@ class S3Store:
         if info.version_id is None:
             self._look(info)
         may = "s3:GetObjectVersionTagging" if version else "s3:GetObjectTagging"
-        reply = self._xml("GET", {"tagging": "", "versionId": version}, info.key, may=may)
+        query = {"tagging": "", "versionId": version}
+        content, _ = self._do("GET", query, info.key, may=may)
+        if not content and not self._is_aws:  # Ceph 16, of an object made in parts
+            return {}
+        reply = _parse(content, self._thing(info.key, version))
         return {_text(tag, "Key"): _text(tag, "Value") for tag in reply.iter("Tag")}
 
     def replace_tags(self, info: ObjectInfo, tags: Mapping[str, str]) -> None:
@@ -344,6 +356,9 @@ class S3Store:
         thing = self._thing(key)
         if os.fstat(fd).st_size < size:
             raise Unavailable(f"{thing}: there are less than {size} bytes to store", backend="s3")
+        if not all(map(_is_header, headers.values())):
+            message = f"{thing}: a header has control characters"
+            raise Unsupported(message, backend="s3", reason=Reason.UNSUPPORTED)
         fields = [*headers.items(), *_metadata_fields(metadata)]
         if tags:
             fields.append(("x-amz-tagging", _tag_field(tags)))
@@ -356,7 +371,9 @@ class S3Store:
                 _, reply = self._do("PUT", query, key, body=part, may="s3:PutObject")
                 return reply.get("etag", "")
 
-            return self._in_parts(key, size, self._part_size, fields, upload, if_absent=if_absent)
+            info = self._in_parts(key, size, self._part_size, fields, upload, if_absent=if_absent)
+            self._mend_tags(info, tags)
+            return info
         _, reply = self._do(
             "PUT",
             {},
@@ -393,6 +410,7 @@ class S3Store:
             ("x-amz-copy-source", source._copy_source(info)),
             ("x-amz-copy-source-if-match", f'"{info.etag}"'),
         ]
+        origin = source._thing(info.key, info.version_id)
         absent = self._if_absent(key, "copy-absent", is_wanted=if_absent)
         fields: list[tuple[str, str]] = []
         if info.storage_class:
@@ -407,14 +425,16 @@ class S3Store:
                 query = {"partNumber": str(number), "uploadId": upload_id}
                 part = ("x-amz-copy-source-range", f"bytes={start}-{start + length - 1}")
                 fields = [*condition, part]
-                reply = self._xml("PUT", query, key, fields, body=b"", may="s3:PutObject")
+                reply = self._xml(
+                    "PUT", query, key, fields, body=b"", may="s3:PutObject", source=origin
+                )
                 return _text(reply, "ETag")
 
             def complete() -> None:
                 if not is_exact:
                     source._look(info)
 
-            return self._in_parts(
+            copied = self._in_parts(
                 key,
                 info.size,
                 self._copy_part_size,
@@ -423,6 +443,8 @@ class S3Store:
                 if_absent=if_absent,
                 before_completion=complete,
             )
+            self._mend_tags(copied, kept)
+            return copied
         if tags is not None:
             fields.append(("x-amz-tagging-directive", "REPLACE"))
             fields.append(("x-amz-tagging", _tag_field(tags)))
@@ -437,6 +459,7 @@ class S3Store:
             body=b"",
             may="s3:PutObject",
             is_retried=not absent,
+            source=origin,
         )
         etag = _text(_parse(content, self._thing(key)), "ETag")
         copied = self._written(key, info.size, reply.get("x-amz-version-id"), etag, reply)
@@ -447,9 +470,8 @@ class S3Store:
                 with suppress(NotFound, Changed):
                     self.delete(copied)
                 raise
-        # Ceph 16 keeps the source's tags whatever the directive says.
-        if tags is not None and not self._is_aws and self.tags(copied) != tags:
-            self.replace_tags(copied, tags)
+        if tags is not None:
+            self._mend_tags(copied, tags)
         return copied
 
     def delete(self, info: ObjectInfo) -> None:
@@ -519,7 +541,8 @@ class S3Store:
             raise Unavailable(message, backend="s3") from error
         version = headers.get("x-amz-version-id") or None
         token = ""
-        if version == "null":
+        # Amazon always says "null"; Ceph 16 says nothing.
+        if version == "null" or (version is None and not self._is_aws and self._versioning()):
             version, token = None, "null"
         tag_count = headers.get("x-amz-tagging-count", "")
         storage_class = headers.get("x-amz-storage-class", "")
@@ -559,12 +582,23 @@ class S3Store:
         try:
             info = self._head(key, version)
             self._expect(info, version, etag)
-        except (NotFound, Changed):
-            written_at = _http_date(reply.get("date", ""))
+        except (NotFound, Changed, Denied):  # who may write need not be allowed to read
+            try:
+                written_at = _http_date(reply.get("date", ""))
+            except ValueError:
+                written_at = datetime.now(UTC)
             known = None if version == "null" else version
             token = "null" if version == "null" else ""
             return ObjectInfo(self.bucket, key, size, etag, written_at, known, token)
         return info
+
+    def _mend_tags(self, info: ObjectInfo, tags: Mapping[str, str]) -> None:
+        """Set the tags that a server other than Amazon's forgot.
+
+        Ceph 16 ignores those of CreateMultipartUpload, and the tagging directive of a copy.
+        """
+        if not self._is_aws and self.tags(info) != tags:
+            self.replace_tags(info, tags)
 
     def _if_absent(self, key: str, condition: str, *, is_wanted: bool) -> Headers:
         """Return the condition that `key` is free, having looked where the server has none."""
@@ -661,9 +695,20 @@ class S3Store:
                 marker = [_decoded(_text(entries[-1], "Key"), page), version]
             if only_latest:
                 items = [item for item in items if item.is_latest]
-            if items or marker is None:
-                return Page(items, json.dumps(marker) if marker else "")
+            if marker is None:
+                return Page(items)
+            cursor = self._advanced(cursor, marker)
+            if items:
+                return Page(items, cursor)
             query |= {"key-marker": marker[0], "version-id-marker": marker[1] or None}
+
+    def _advanced(self, cursor: str, marker: Sequence[str]) -> str:
+        """Return the cursor behind `marker`, having seen that the server's listing goes on."""
+        after = json.dumps(marker)
+        if after == cursor:
+            message = f"{self.bucket}: the server lists the same page again and again"
+            raise Unavailable(message, backend="s3")
+        return after
 
     def _listing(self, query: Mapping[str, str | None], *, may: str) -> Element:
         # Only so can a key with a control character be told: XML cannot hold those.
@@ -676,12 +721,18 @@ class S3Store:
         if version == "null":
             version, token = None, "null" if self._versioning() else ""
         storage_class = _text(entry, "StorageClass")
+        try:
+            size = int(_text(entry, "Size"))
+            modified_at = datetime.fromisoformat(_text(entry, "LastModified")).astimezone(UTC)
+        except ValueError as error:
+            message = f"{self.bucket}: the listing does not tell size and date"
+            raise Unavailable(message, backend="s3") from error
         return ObjectInfo(
             self.bucket,
             _decoded(_text(entry, "Key"), page),
-            int(_text(entry, "Size") or 0),
+            size,
             _text(entry, "ETag").strip('"'),
-            datetime.fromisoformat(_text(entry, "LastModified")).astimezone(UTC),
+            modified_at,
             version,
             token,
             storage_class="" if storage_class == "STANDARD" else storage_class,
@@ -694,7 +745,10 @@ class S3Store:
         """Return "Enabled", "Suspended", or "" if the bucket never had versions."""
 
         def ask() -> str:
-            reply = self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
+            try:
+                reply = self._xml("GET", {"versioning": ""}, may="s3:GetBucketVersioning")
+            except Denied:  # `ping` says so; each object still tells its version
+                return ""
             return _text(reply, "Status")
 
         return self._remember("versioning", ask)
@@ -768,11 +822,12 @@ class S3Store:
         *,
         body: bytes | FileBody | None = None,
         is_retried: bool = True,
+        patience: float = 1.0,
     ) -> Response:
         """Send one request; in `query` what is `None` is left out."""
         target = self._path if key is None else self._path + _encoded(key)
         fields = "&".join(
-            f"{name}={quote(value, safe='')}" if value else name
+            f"{name}={_quoted(value)}" if value else name
             for name, value in query.items()
             if value is not None
         )
@@ -785,6 +840,7 @@ class S3Store:
             thing=self._thing(key),
             body=body,
             is_retried=is_retried,
+            patience=patience,
         )
 
     def _do(
@@ -797,17 +853,29 @@ class S3Store:
         may: str,
         body: bytes | FileBody | None = None,
         is_retried: bool = True,
+        source: str = "",
     ) -> tuple[bytes, Mapping[str, str]]:
-        """Return body and headers of the answer, or raise what it says; `may` allows it."""
-        fields = [*self._usual, *headers]
-        with self._open(method, key, query, fields, body=body, is_retried=is_retried) as response:
+        """Return body and headers of the answer, or raise what it says.
+
+        `may` is the permission that allows it, `source` the object that a copy is made of.
+        """
+        with self._open(
+            method,
+            key,
+            query,
+            [*self._usual, *headers],
+            body=body,
+            is_retried=is_retried,
+            # The server is at work on gigabytes; Amazon's sends blanks meanwhile, others nothing.
+            patience=20.0 if source or method == "POST" else 1.0,
+        ) as response:
             version = query.get("versionId")
             if not 200 <= response.status < 300:
-                raise self._error(response, key, version, may=may)
+                raise self._error(response, key, version, may=may, source=source)
             content = response.read(MAX_REPLY)
             # A copy or a completion that takes long is begun with 200 and may fail all the same.
             if b"<Error>" in content[:1000] and method in ("PUT", "POST"):
-                raise self._error(response, key, version, may=may, body=content)
+                raise self._error(response, key, version, may=may, source=source, body=content)
             return content, response.headers
 
     def _xml(
@@ -819,8 +887,9 @@ class S3Store:
         *,
         may: str,
         body: bytes | None = None,
+        source: str = "",
     ) -> Element:
-        content, _ = self._do(method, query, key, headers, may=may, body=body)
+        content, _ = self._do(method, query, key, headers, may=may, body=body, source=source)
         return _parse(content, self._thing(key))
 
     def _thing(self, key: str | None = None, version: str | None = None) -> str:
@@ -837,6 +906,7 @@ class S3Store:
         version: str | None,
         *,
         may: str,
+        source: str = "",
         body: bytes | None = None,
     ) -> Error:
         if body is None:
@@ -851,7 +921,7 @@ class S3Store:
             response.status,
             response.headers,
             body,
-            thing=self._thing(key, version),
+            thing=f"{source} as {self._thing(key)}" if source else self._thing(key, version),
             bucket=self.bucket,
             region=self.region,
             may=may,
@@ -896,6 +966,19 @@ def _encoded(key: str) -> str:
     return quote(data)
 
 
+def _quoted(text: str) -> str:
+    try:
+        return quote(text, safe="", errors="surrogateescape")
+    except UnicodeEncodeError as error:
+        message = f"{_printable(text, 80)!r} cannot be written in UTF-8"
+        raise Unsupported(message, backend="s3", reason=Reason.UNSUPPORTED) from error
+
+
+def _is_header(value: str) -> bool:
+    """Return whether `value` can stand in a header: no line of its own, nothing a CRT refuses."""
+    return value.isprintable()
+
+
 def _decoded(text: str, page: Element) -> str:
     # A space is encoded as "+" by Amazon and as "%20" by others; a plus is "%2B" everywhere.
     is_encoded = _text(page, "EncodingType") == "url"
@@ -905,7 +988,7 @@ def _decoded(text: str, page: Element) -> str:
 def _cursor(text: str) -> tuple[str, str]:
     try:
         key, version = json.loads(text)
-    except ValueError:
+    except (TypeError, ValueError):
         key = version = None
     if not isinstance(key, str) or not isinstance(version, str):
         raise Unsupported("this is no cursor of an S3 listing", backend="s3")
@@ -915,7 +998,8 @@ def _cursor(text: str) -> tuple[str, str]:
 def _check_tags(tags: Mapping[str, str]) -> None:
     """Refuse what is above S3's limits (user guide: ten tags, 128 and 256 UTF-16 units)."""
     is_over = len(tags) > MAX_TAGS or any(
-        not 1 <= _units(name) <= 128 or _units(value) > 256 for name, value in tags.items()
+        not 1 <= _units(name) <= 128 or _units(value) > 256 or not (name + value).isprintable()
+        for name, value in tags.items()
     )
     if is_over:
         message = f"at most {MAX_TAGS} tags, with names up to 128 and values up to 256 characters"
@@ -939,7 +1023,8 @@ def _metadata_fields(metadata: Mapping[str, str]) -> Headers:
             raise Unsupported(message, backend="s3", reason=Reason.UNSUPPORTED)
         is_plain = value.isascii() and (not value or value.isprintable()) and value == value.strip()
         if not is_plain or "=?" in value:
-            value = f"=?UTF-8?B?{b64encode(value.encode()).decode('ascii')}?="  # noqa: PLW2901
+            data = b64encode(value.encode("utf-8", "replace")).decode("ascii")
+            value = f"=?UTF-8?B?{data}?="  # noqa: PLW2901 - the same value, as it travels
         fields.append((f"x-amz-meta-{name}", value))
     return fields
 
@@ -1101,7 +1186,7 @@ def _translated(
         if home and home != region:
             return make(ConfigError, f"{bucket} is in region {home}: open it with region={home}")
         return make(ConfigError, f"{bucket}: region or endpoint is wrong")
-    if status == 412:
+    if status == 412 or code == "PreconditionFailed":
         return make(Changed, f"{thing} is another object now, or exists already")
     if status == 416:
         return make(Changed, f"{thing} is shorter than it was")
@@ -1123,13 +1208,13 @@ def _translated(
         return make(Unavailable, f"{thing}: the credentials have expired or a clock is wrong")
     if code in _BAD_CREDENTIALS:
         return make(Denied, f"{bucket}: the server does not know these credentials", "credentials")
-    if status in (401, 403):
+    if status in (401, 403) or code == "AccessDenied":
         if _LOCKED.search(said):
             return make(Denied, f"{thing}: a lock or legal hold keeps it", "object-lock")
         return make(Denied, f"{thing}: allow {action} (S3 says so of missing keys too)", action)
     if status in (409, 429) or (status >= 500 and status != 501) or code in _LATER:
         return make(Unavailable, f"{thing}: the server cannot do it now")
     is_no_version = code == "InvalidArgument" and "version" in said.lower()
-    if status in (404, 405) or is_no_version:
+    if status in (404, 405) or is_no_version or code in ("NoSuchKey", "NoSuchVersion"):
         return make(NotFound, f"{thing} is gone")
     return make(Unsupported, f"{thing}: the server will not do it", Reason.UNSUPPORTED)

@@ -38,8 +38,13 @@ WINDOW = 1 << 20
 SMALL = 256 << 10
 """A body up to this size is waited for as a whole: one wake-up of the calling thread."""
 
+SLOWEST = 16 << 10
+"""Bytes per second below which a body is given up, after ten times `stall` for a start."""
+
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
+
+_UNREACHABLE = "unreachable"
 
 Headers = Sequence[tuple[str, str]]
 
@@ -73,6 +78,17 @@ class FileBody(io.RawIOBase):
         self._fd = fd
         self._start = start
         self.position = 0
+
+    def md5(self) -> bytes:
+        """Return the digest of the bytes: the server refuses what does not arrive as it is."""
+        digest, start = hashlib.md5(usedforsecurity=False), 0
+        while start < self.size:
+            data = os.pread(self._fd, min(WINDOW, self.size - start), self._start + start)
+            if not data:
+                break
+            digest.update(data)
+            start += len(data)
+        return digest.digest()
 
     def readinto(self, buffer: Any) -> int:
         """Fill `buffer` from the file."""
@@ -108,8 +124,8 @@ class Signer:
         self._credentials = credentials
         self._known: tuple[Credentials, Any] | None = None
 
-    def sign(self, request: Any, *, payload: str | None) -> None:
-        """Add the signature (version 4) to `request`; `payload` is its hash, `None` to compute."""
+    def sign(self, request: Any, payload: str, thing: str) -> None:
+        """Add the signature (version 4) to `request`; `payload` is the hash of its body."""
         # Encoded once and not normalised: `//` and `..` are ordinary in keys.
         config = awscrt.auth.AwsSigningConfig(
             credentials_provider=self._provider(),
@@ -120,7 +136,11 @@ class Signer:
             signed_body_value=payload,
             signed_body_header_type=awscrt.auth.AwsSignedBodyHeaderType.X_AMZ_CONTENT_SHA_256,
         )
-        awscrt.auth.aws_sign_request(request, config).result(30)
+        try:
+            awscrt.auth.aws_sign_request(request, config).result(30)
+        except (AwsCrtError, FutureTimeoutError) as error:
+            message = f"{thing}: the request cannot be signed ({_crt_name(error)})"
+            raise Unavailable(message, backend="s3") from error
 
     def _provider(self) -> Any:
         credentials = self._credentials()
@@ -147,6 +167,7 @@ class Response:
         self._stall = stall
         self._sent = sent
         self._received = 0
+        self._waited = 0.0
         self._chunks: deque[bytes] = deque()
         self._wake = threading.Event()
         self._is_eager = False
@@ -222,14 +243,18 @@ class Response:
     def _wait(self, is_ready: Callable[[], bool]) -> None:
         progress = -1
         while not is_ready():
-            if not self._wake.wait(self._stall):
-                now = self._received + (self._sent.position if self._sent else 0)
-                if now == progress:
-                    self._connection.close()
-                    message = f"{self._thing}: nothing came for {self._stall:g} s"
-                    raise Unavailable(message, backend="s3")
-                progress = now
+            began = time.monotonic()
+            is_woken = self._wake.wait(self._stall)
             self._wake.clear()
+            self._waited += time.monotonic() - began
+            moved = self._received + (self._sent.position if self._sent else 0)
+            is_slow = self._waited > 10 * self._stall + moved / SLOWEST
+            if is_slow or (not is_woken and moved == progress):
+                self._connection.close()
+                what = "it comes too slowly" if is_slow else f"nothing came for {self._stall:g} s"
+                raise Unavailable(f"{self._thing}: {what}", backend="s3")
+            if not is_woken:
+                progress = moved
 
     def _on_response(self, status_code: int, headers: Headers, **_: object) -> None:
         known = self.headers
@@ -318,13 +343,20 @@ class Connections:
         thing: str,
         body: bytes | FileBody | None = None,
         is_retried: bool = True,
+        patience: float = 1.0,
     ) -> Response:
         """Send one request and return its answer, of whatever status, once the headers are in.
 
-        `thing` is what error messages name.  Unless `is_retried` is off, overload, server errors
-        and broken connections are tried again twice, within a second or so.  `Unavailable` if
-        there is no answer.
+        `thing` is what error messages name; `patience` multiplies `stall`.  Unless `is_retried`
+        is off, overload, server errors and broken connections are tried again twice, within a
+        second or so.  `Unavailable` if there is no answer.
         """
+        digest, payload = "", "UNSIGNED-PAYLOAD"
+        if isinstance(body, bytes):
+            payload = hashlib.sha256(body).hexdigest()
+        if body:  # S3 wants it with a tag set, and with an object under Object Lock
+            md5 = body.md5() if isinstance(body, FileBody) else _md5(body)
+            digest = b64encode(md5).decode("ascii")
         waited = 0
         while True:
             waited += 1
@@ -338,10 +370,13 @@ class Connections:
                     signer,
                     thing=thing,
                     body=body,
+                    digest=digest,
+                    payload=payload,
+                    stall=self._stall * patience,
                     is_fresh=not is_retried,
                 )
-            except Unavailable:
-                if is_last:
+            except Unavailable as error:
+                if is_last or error.reason == _UNREACHABLE:
                     raise
             else:
                 if is_last or response.status not in RETRIED:
@@ -359,34 +394,36 @@ class Connections:
         *,
         thing: str,
         body: bytes | FileBody | None,
+        digest: str,
+        payload: str,
+        stall: float,
         is_fresh: bool,
     ) -> Response:
         while True:
-            connection, is_reused = self._connection(origin, is_fresh=is_fresh)
             sent: FileBody | None = None
             fields = awscrt.http.HttpHeaders([("Host", origin.authority), *headers])
             stream: Any = None
             if isinstance(body, bytes):
                 stream = io.BytesIO(body)
                 fields.add("Content-Length", str(len(body)))
-                if body:  # S3 wants it with a tag set
-                    digest = hashlib.md5(body, usedforsecurity=False).digest()
-                    fields.add("Content-MD5", b64encode(digest).decode("ascii"))
             elif body is not None:
                 stream = sent = body
                 body.seek(0)
                 fields.add("Content-Length", str(body.size))
+            if digest:
+                fields.add("Content-MD5", digest)
             request = awscrt.http.HttpRequest(method, target, fields, stream)
-            # A body of ours is hashed; a file is not read twice.
-            signer.sign(request, payload=None if isinstance(body, bytes) else "UNSIGNED-PAYLOAD")
-            response = Response(method, thing, self._stall, sent)
+            signer.sign(request, payload, thing)
+            connection, is_reused = self._connection(origin, is_fresh=is_fresh)
+            response = Response(method, thing, stall, sent)
             try:
                 response._begin(  # noqa: SLF001 - one thing in two classes
                     connection, request, lambda it: self._give_back(origin, it)
                 )
             except AwsCrtError as error:  # closed between our look and our use
+                is_stale = is_reused and not connection.is_open()
                 response.close()
-                if is_reused:
+                if is_stale:
                     continue
                 raise Unavailable(
                     f"{thing}: no answer ({_crt_name(error)})", backend="s3"
@@ -425,11 +462,17 @@ class Connections:
             initial_window_size=WINDOW,
         )
         try:
-            # Name look-up and TLS have time limits of their own.
-            return future.result(2 * self._connect_timeout + 10), False
+            return future.result(4 * self._connect_timeout), False
         except (AwsCrtError, FutureTimeoutError) as error:
-            message = f"cannot connect to {origin.url} ({_crt_name(error)}): check the endpoint"
-            raise Unavailable(message, backend="s3") from error
+            future.add_done_callback(_close_late)
+            name = _crt_name(error)
+            # The CRT holds back the news of a failed TLS handshake for 10 to 30 s.
+            is_final = "TLS" in name or "DNS" in name or isinstance(error, FutureTimeoutError)
+            raise Unavailable(
+                f"cannot connect to {origin.url} ({name}): check the endpoint",
+                backend="s3",
+                reason=_UNREACHABLE if is_final else "",
+            ) from error
 
     def _give_back(self, origin: Origin, connection: Any) -> None:
         if connection.is_open():
@@ -482,6 +525,15 @@ def _platform_credentials() -> CredentialsProvider:
         return frozen[-1][1]
 
     return provide
+
+
+def _md5(data: bytes) -> bytes:
+    return hashlib.md5(data, usedforsecurity=False).digest()
+
+
+def _close_late(future: Future[Any]) -> None:
+    if future.exception() is None:
+        future.result().close()
 
 
 def _crt_name(error: BaseException | None) -> str:

@@ -2,6 +2,10 @@
 
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +27,25 @@ def need(name: str) -> None:
         missing = ["/usr/share/clamav-testfiles"]
     if not missing:
         return
-    message = f"{name}: {', '.join(missing)} not found; install {packages}"
+    _refuse(f"{name}: {', '.join(missing)} not found; install {packages}")
+
+
+@contextmanager
+def tmpfs(folder: Path, size: int) -> Iterator[Path]:
+    """Mount a file system of `size` bytes on `folder`; needs root, and is skipped or fails as `need`."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
+    )
+    if done.returncode:
+        _refuse(f"cannot mount a file system: {done.stderr.decode().strip()}; run as root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def _refuse(message: str) -> None:
     if os.environ.get("CI") or os.environ.get("BUCKETWARD_TEST_REQUIRE"):
         pytest.fail(message)
     pytest.skip(message)

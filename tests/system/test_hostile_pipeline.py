@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import sqlite3
 import stat
 import struct
 import subprocess
@@ -30,7 +29,8 @@ from bucketward.queues.sqlite import SqliteQueue
 from bucketward.spool import MIB
 from conftest import eicar
 from house_kit import put, wait_for
-from pipeline_kit import Meddler, Peak, Pipeline, WatchedSpool
+from pipeline_kit import Meddler, Pipeline, WatchedSpool
+from servers import tmpfs
 
 LIMITS = Limits(scan_size=100 << 20, files=10_000, threads=8)
 
@@ -824,6 +824,9 @@ def test_an_engine_that_is_killed_over_and_over_loses_nothing(make, clamav):
     assert pipeline.dead() == []
 
 
+_ALL = socket.MSG_WAITALL
+
+
 class Impostor:
     """Listens where a clamd should, passes its examination, then answers as `say` does."""
 
@@ -866,8 +869,12 @@ class Impostor:
                     return
                 connection.recv(11)
                 number = 0
-                while not self._stopping.is_set() and connection.recv(8, socket.MSG_WAITALL):
+                while not self._stopping.is_set() and (head := connection.recv(6, _ALL)):
                     number += 1
+                    if head == b"zPING\0":
+                        connection.sendall(b"%d: PONG\0" % number)
+                        continue
+                    connection.recv(2, _ALL)
                     _, fds, _, _ = socket.recv_fds(connection, 1, 1)
                     body = os.pread(fds[0], 100, 0)
                     os.close(fds[0])
@@ -1162,3 +1169,185 @@ def test_a_rule_without_end_is_ended_at_the_deadline(make, clamav, yara, require
     assert results["plain"].verdict is Verdict.CLEAN
     assert results["marked"].verdict is Verdict.INFECTED
     assert all(worker.cpu_percent(0.1) < 50 for worker in _yara_workers())
+
+
+# -- no room ---------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_under_the_spool_is_waited_for_and_costs_no_verdict(make, tmp_path):
+    with tmpfs(tmp_path / "small", 4 * MIB) as small:
+        spool = WatchedSpool(memory=MIB, disk=64 * MIB, in_memory_below=64 << 10, directory=small)
+        pipeline = make(spool=spool, max_deliveries=2)
+        (small / "somebody-elses").write_bytes(bytes(4 * MIB - 32_768))
+        bodies = {f"{n}": bytes([n]) * 100_000 for n in range(20)} | {"bad": eicar().ljust(100_000)}
+        for key, body in bodies.items():
+            pipeline.upload(key, body)
+        pipeline.sweep()
+        with pipeline.agent() as agent:
+            time.sleep(2)
+            assert pipeline.seen == []
+            (small / "somebody-elses").unlink()
+            wait_for(lambda: len(pipeline.seen) == 21 and pipeline.is_done(agent), 20)
+        left = os.listdir(small)
+
+    verdicts = {result.object.key: result.verdict for result in pipeline.seen}
+    assert verdicts == {key: Verdict.CLEAN for key in bodies} | {"bad": Verdict.INFECTED}
+    assert (left, pipeline.dead(), spool.used) == ([], [], 0)
+
+
+def test_what_is_larger_than_the_spools_disk_is_an_error_and_holds_nobody_up(make, tmp_path):
+    with tmpfs(tmp_path / "small", 4 * MIB) as small:
+        spool = WatchedSpool(memory=MIB, disk=64 * MIB, in_memory_below=64 << 10, directory=small)
+        pipeline = make(spool=spool, max_deliveries=2)
+        pipeline.upload("large", b"x" * 8 * MIB)
+        pipeline.upload("small", eicar().ljust(100_000))
+        pipeline.announce("large", "small")
+        results = pipeline.run(2, seconds=20)
+        letters = pipeline.dead()
+
+    assert results["small"].verdict is Verdict.INFECTED
+    assert (results["large"].verdict, results["large"].reasons) == (Verdict.ERROR, ("gave-up",))
+    assert "no room for 8388608 bytes" in letters[0]["reason"]
+    assert (pipeline.drop / "large").stat().st_size == 8 * MIB
+    assert spool.used == 0
+
+
+HOUSE = """
+import json, os, resource, sys, threading, time
+from pathlib import Path
+from bucketward.engines.clamav import Limits, open_clamav
+from bucketward.spool import MIB
+from pipeline_kit import Peak, Pipeline, WatchedSpool
+from house_kit import wait_for
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def held():
+    total = 0
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            if "memfd:bucketward" in os.readlink(f"/proc/self/fd/{fd}"):
+                total += os.stat(f"/proc/self/fd/{fd}").st_size
+        except OSError:
+            pass
+    return total
+
+engine = open_clamav("clamav:managed", data_dir=Path(sys.argv[1]))
+spool = WatchedSpool(memory=64 * MIB, disk=0, in_memory_below=64 * MIB)
+pipeline = Pipeline(Path(sys.argv[2]), {"clamav": engine}, spool=spool)
+for n in range(100):
+    with pipeline.upload(f"{n}", b"%d" % n).open("r+b") as file:
+        file.truncate(20 * MIB)
+pipeline.sweep()
+before = resident()
+with Peak(resident) as memory, Peak(held) as files:
+    results = pipeline.run(100, seconds=100)
+print(json.dumps({
+    "verdicts": sorted({result.verdict for result in results.values()}),
+    "results": len(results), "peak": spool.peak, "used": spool.used, "files": files.most,
+    "grown": memory.most - before, "dead": len(pipeline.dead()),
+}))
+pipeline.close()
+engine.close()
+"""
+
+
+def test_a_hundred_large_objects_fit_through_a_small_spool(clamav, tmp_path):
+    """Two thousand megabytes through 64, in a process of its own for its memory to be measured."""
+    done = subprocess.run(
+        [sys.executable, "-c", HOUSE, tmp_path / "engine", tmp_path / "house"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=120,
+    )
+    said = json.loads(done.stdout)
+
+    assert (said["verdicts"], said["results"], said["dead"]) == (["Clean"], 100, 0)
+    assert 40 * MIB <= said["peak"] <= 64 * MIB
+    assert 20 * MIB <= said["files"] <= 64 * MIB
+    assert said["grown"] < 64 * MIB
+    assert said["used"] == 0
+
+
+# -- a ledger and a queue that cannot be written to ------------------------------------------------
+
+
+@contextmanager
+def _locked(path):
+    """Hold the write lock of a SQLite file, as another process would."""
+    code = (
+        "import sqlite3, sys; db = sqlite3.connect(sys.argv[1], isolation_level=None);"
+        "db.execute('BEGIN IMMEDIATE'); print('locked', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        try:
+            assert process.stdout.readline() == b"locked\n"
+            yield
+        finally:
+            process.stdin.close()
+            process.wait(5)
+
+
+@pytest.mark.parametrize("name", ["state.db", "queue.db"])
+def test_a_database_locked_by_another_process_delays_everything_and_loses_nothing(
+    make, name, monkeypatch
+):
+    monkeypatch.setattr("bucketward.queues.sqlite._LOCK_SECONDS", 0.5)
+    pipeline = make(max_deliveries=2)
+    for n in range(60):
+        pipeline.upload(f"{n}", eicar() if n % 10 == 0 else b"%d" % n)
+    with pipeline.agent() as agent:
+        pipeline.upload("warm", b"warm")
+        pipeline.announce("warm")
+        wait_for(lambda: pipeline.seen and pipeline.is_done(agent))
+        pipeline.sweep()
+        with _locked(pipeline.folder / name):
+            time.sleep(3)
+            recorded = len(pipeline.seen)
+        wait_for(lambda: len(pipeline.seen) >= 61 and pipeline.is_done(agent), 30)
+
+    assert recorded < 61
+    verdicts = {result.object.key: result.verdict for result in pipeline.seen}
+    assert sum(verdict is Verdict.INFECTED for verdict in verdicts.values()) == 6
+    assert sum(verdict is Verdict.CLEAN for verdict in verdicts.values()) == 55
+    assert len(pipeline.jailed()) == 6
+    day = _today(pipeline.seen[0])
+    counters = pipeline.ledger.counters(pipeline.store.bucket, day)
+    assert (counters["Clean"], counters["Infected"]) == (55, 6)
+    assert pipeline.dead() == []
+
+
+def test_a_ledger_that_cannot_grow_keeps_results_unacknowledged_until_it_can(make):
+    pipeline = make(max_deliveries=2)
+    with pipeline.agent() as agent:
+        pipeline.upload("warm", b"warm")
+        pipeline.announce("warm")
+        wait_for(lambda: pipeline.seen and pipeline.is_done(agent))
+        # The pool of writers has one connection, to which this clings.
+        with pipeline.state._writer.connect() as writer:
+            writer.exec_driver_sql("PRAGMA max_page_count = 1")
+        for n in range(60):
+            pipeline.upload(f"{n}", eicar() if n == 7 else b"%d" % n)
+        keys = [f"{n}" for n in range(60)]
+        pipeline.announce(*keys)
+        time.sleep(3)
+        recorded = len(pipeline.seen)
+        depth = pipeline.queue.depth()
+        kept = (pipeline.drop / "7").exists()
+        with pipeline.state._writer.connect() as writer:
+            writer.exec_driver_sql("PRAGMA max_page_count = 1000000")
+        wait_for(lambda: len(pipeline.seen) >= 61 and pipeline.is_done(agent), 30)
+
+    # A few fit into the pages that were there.
+    assert recorded < 50
+    assert depth.waiting + depth.in_flight >= 61 - recorded
+    assert kept or "7" in {result.object.key for result in pipeline.seen[:recorded]}
+    verdicts = {result.object.key: result.verdict for result in pipeline.seen}
+    assert [key for key, verdict in verdicts.items() if verdict is Verdict.INFECTED] == ["7"]
+    assert len(verdicts) == 61
+    assert pipeline.jailed() == [eicar()]
+    assert pipeline.dead() == []

@@ -67,7 +67,16 @@ class Pipeline:
     """Directories `drop` and `quarantine` below `folder`, and everything that looks after them."""
 
     def __init__(
-        self, folder, engines, *, policy=None, buckets=(), max_deliveries=3, spool=None, threads=8
+        self,
+        folder,
+        engines,
+        *,
+        policy=None,
+        buckets=(),
+        max_deliveries=3,
+        lease=30.0,
+        spool=None,
+        threads=8,
     ):
         self.folder = folder
         self.drop = folder / "drop"
@@ -78,7 +87,7 @@ class Pipeline:
         self.quarantine = FileStore(self.jail)
         self.stores = {self.store.bucket: self.store}
         self.state = SqliteState(folder / "state.db", TABLES, lock_timeout=0.5)
-        self.queue = SqliteQueue(folder / "queue.db", max_deliveries=max_deliveries)
+        self.queue = SqliteQueue(folder / "queue.db", max_deliveries=max_deliveries, lease=lease)
         self.ledger = Ledger(self.state)
         self.spool = spool or WatchedSpool(
             memory=256 * MIB, disk=256 * MIB, directory=folder / "spool"

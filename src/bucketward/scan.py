@@ -113,7 +113,8 @@ class Scanner:
         self._now = now
 
     def ping(self) -> None:
-        """Raise what keeps the first unusable engine from working."""
+        """Raise what keeps the spool, or the first unusable engine, from working."""
+        self.spool.ping()
         for engine in self.engines.values():
             engine.ping()
 

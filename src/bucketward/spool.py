@@ -49,6 +49,18 @@ class Spool:
         self._waiting: dict[str, deque[object]] = {"memory": deque(), "disk": deque()}
         self._changed = threading.Condition()
 
+    def ping(self) -> None:
+        """Prove that the smallest object that goes to the disk fits there, or `Unavailable`.
+
+        With less than that the disk is full, which is an outage and no fault of any object.
+        """
+        if self.disk > self.in_memory_below:
+            fd = _unlinked_file(self.directory)
+            try:
+                _try_room(fd, self.in_memory_below + 1)
+            finally:
+                os.close(fd)
+
     @property
     def largest(self) -> int:
         """Return the size of the largest object that can ever be held."""
@@ -128,17 +140,7 @@ class Slot:
             self._fd = self._create()
         os.ftruncate(self._fd, 0)
         if self._kind == "disk" and self.size:
-            try:
-                os.posix_fallocate(self._fd, 0, self.size)
-            except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                    raise Unavailable(
-                        f"the disk under the spool has no room for {self.size} bytes; "
-                        "free some or lower spool.disk",
-                        backend="spool",
-                    ) from error
-                raise
-            os.ftruncate(self._fd, 0)
+            _try_room(self._fd, self.size)
         return self._fd
 
     def seal(self, name: str = "") -> Spooled:
@@ -178,22 +180,40 @@ class Slot:
     def _create(self) -> int:
         if self._kind == "memory":
             return os.memfd_create("bucketward", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        directory = self._spool.directory
+        return _unlinked_file(self._spool.directory)
+
+
+def _unlinked_file(directory: Path) -> int:
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            try:
-                return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
-                    raise
-                fd, path = tempfile.mkstemp(dir=directory)
-                Path(path).unlink()
-                return fd
+            return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
+                raise
+            fd, path = tempfile.mkstemp(dir=directory)
+            Path(path).unlink()
+            return fd
+    except OSError as error:
+        raise Unavailable(
+            f"cannot spool to {directory}: {error.strerror}; see spool.directory",
+            backend="spool",
+        ) from error
+
+
+def _try_room(fd: int, size: int) -> None:
+    """Raise `Unavailable` unless the disk has room for `size` bytes in `fd`, which is emptied."""
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise Unavailable(
-                f"cannot spool to {directory}: {error.strerror}; see spool.directory",
+                f"the disk under the spool has no room for {size} bytes; "
+                "free some or lower spool.disk",
                 backend="spool",
             ) from error
+        raise
+    os.ftruncate(fd, 0)
 
 
 _CLOSED = Spool(memory=0, disk=0)

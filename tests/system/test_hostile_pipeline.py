@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import psutil
 import pytest
+import sqlalchemy
 
 import hostile
 from bucketward.engines.clamav import Limits, demo_signatures, open_clamav
@@ -1130,11 +1131,9 @@ def test_yara_workers_that_are_killed_lose_nothing(make, clamav, tmp_path):
         killed = 0
         with pipeline.agent() as agent:
             while killed < 4 and not pipeline.is_done(agent):
-                mine = {worker._process.pid for worker in yara._workers._idle}
-                for worker in _yara_workers():
-                    if worker.pid in mine:
-                        worker.kill()
-                        killed += 1
+                for worker in list(yara._workers._idle):
+                    worker._process.kill()
+                    killed += 1
                 time.sleep(0.02)
             wait_for(lambda: len(pipeline.seen) >= 200 and pipeline.is_done(agent), 30)
 
@@ -1224,14 +1223,15 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 def held():
-    total = 0
+    sizes = {}
     for fd in os.listdir("/proc/self/fd"):
         try:
             if "memfd:bucketward" in os.readlink(f"/proc/self/fd/{fd}"):
-                total += os.stat(f"/proc/self/fd/{fd}").st_size
+                found = os.stat(f"/proc/self/fd/{fd}")
+                sizes[found.st_ino] = found.st_size
         except OSError:
             pass
-    return total
+    return sum(sizes.values())
 
 engine = open_clamav("clamav:managed", data_dir=Path(sys.argv[1]))
 spool = WatchedSpool(memory=64 * MIB, disk=0, in_memory_below=64 * MIB)
@@ -1297,7 +1297,8 @@ def test_a_database_locked_by_another_process_delays_everything_and_loses_nothin
     make, name, monkeypatch
 ):
     monkeypatch.setattr("bucketward.queues.sqlite._LOCK_SECONDS", 0.5)
-    pipeline = make(max_deliveries=2)
+    # What could not be acknowledged comes again when its lease has lapsed.
+    pipeline = make(max_deliveries=5, lease=4)
     for n in range(60):
         pipeline.upload(f"{n}", eicar() if n % 10 == 0 else b"%d" % n)
     with pipeline.agent() as agent:
@@ -1323,13 +1324,17 @@ def test_a_database_locked_by_another_process_delays_everything_and_loses_nothin
 
 def test_a_ledger_that_cannot_grow_keeps_results_unacknowledged_until_it_can(make):
     pipeline = make(max_deliveries=2)
+    pages = [1_000_000]
+
+    def limit(connection, *_):
+        connection.execute(f"PRAGMA max_page_count = {pages[0]}")
+
+    sqlalchemy.event.listen(pipeline.state._writer, "checkout", limit)
     with pipeline.agent() as agent:
         pipeline.upload("warm", b"warm")
         pipeline.announce("warm")
         wait_for(lambda: pipeline.seen and pipeline.is_done(agent))
-        # The pool of writers has one connection, to which this clings.
-        with pipeline.state._writer.connect() as writer:
-            writer.exec_driver_sql("PRAGMA max_page_count = 1")
+        pages[0] = 1  # SQLite takes it for as many as there are
         for n in range(60):
             pipeline.upload(f"{n}", eicar() if n == 7 else b"%d" % n)
         keys = [f"{n}" for n in range(60)]
@@ -1338,8 +1343,7 @@ def test_a_ledger_that_cannot_grow_keeps_results_unacknowledged_until_it_can(mak
         recorded = len(pipeline.seen)
         depth = pipeline.queue.depth()
         kept = (pipeline.drop / "7").exists()
-        with pipeline.state._writer.connect() as writer:
-            writer.exec_driver_sql("PRAGMA max_page_count = 1000000")
+        pages[0] = 1_000_000
         wait_for(lambda: len(pipeline.seen) >= 61 and pipeline.is_done(agent), 30)
 
     # A few fit into the pages that were there.

@@ -206,6 +206,9 @@ def main() -> None:
 
 def _main() -> int:
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # its public face; typer has none
+    if sys.argv[1:] == ["version"]:
+        version()  # typer would load pydantic, to see that it has no options
+        return CLEAN
     try:
         result = app(standalone_mode=False)
         return result if isinstance(result, int) else CLEAN

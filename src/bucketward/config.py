@@ -118,7 +118,7 @@ def _url(value: Any, info: ValidationInfo) -> Any:
     for scheme in ("file://", "sqlite:///"):
         if value.startswith(scheme + "$DATA/"):
             path = _path(value[len(scheme) :], info.context or {})
-            return f"{scheme[:-1] if scheme.endswith('///') else scheme}" + _url_path(path)
+            return f"{scheme[:-1] if scheme.endswith('///') else scheme}" + url_path(path)
     if parts.scheme == "file" and not value.startswith("file:///"):
         raise ValueError("needs an absolute path with three slashes, as in file:///srv/drop")
     if parts.scheme == "sqlite" and not value.startswith("sqlite:///"):
@@ -126,7 +126,7 @@ def _url(value: Any, info: ValidationInfo) -> Any:
     return value
 
 
-def _url_path(path: Path) -> str:
+def url_path(path: Path) -> str:
     """Return a path as the file store writes it in a URL: only the needful is encoded."""
     text = os.fsencode(path).decode("utf-8", "surrogateescape")
     return _UNSAFE.sub(lambda found: quote(os.fsencode(found[0]), safe=""), text)

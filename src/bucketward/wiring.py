@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 from bucketward.agents.event import EventAgent
 from bucketward.agents.keeper import Keeper, sweep
-from bucketward.config import ClamavEngine, Config, YaraEngine
+from bucketward.config import ClamavEngine, Config, YaraEngine, url_path
 from bucketward.errors import ConfigError, Error, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
 from bucketward.interfaces import (
@@ -393,10 +393,13 @@ class House:
 
     def unprotect(self, bucket: str) -> None:
         """Stop protecting a bucket, given by identity or by the URL it was protected with."""
-        known = self.ledger.protected()
-        protected = known.get(bucket.partition("?")[0])
+        name = bucket.partition("?")[0]
+        if name.startswith("file://"):
+            # As the store would name it, which may be gone by now.
+            name = f"file://{url_path(Path(os.path.normpath(folder_of(bucket))))}"
+        protected = self.ledger.protected().get(name)
         if protected is None:
-            raise NotFound(f"{bucket.partition('?')[0]} is not protected; see bucket list")
+            raise NotFound(f"{name} is not protected; see bucket list")
         cloud = self.cloud(protected.url, protected.account)
         if cloud is not None and protected.route:
             cloud.withdraw(protected.bucket)

@@ -5,7 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from servers.ceph import Ceph, run_ceph
 from servers.moto import Moto, run_moto
+from servers.proxy import Proxy, run_proxy
+
+for kind in ("cloud", "engine", "notifier", "queue", "state", "store"):
+    pytest.register_assert_rewrite(f"bucketward.testing.{kind}")
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +18,20 @@ def moto() -> Iterator[Moto]:
     """Yield a moto server."""
     with run_moto() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """Yield a Ceph gateway."""
+    with run_ceph() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def ceph_proxy(ceph: Ceph) -> Iterator[Proxy]:
+    """Yield a proxy before Ceph that enforces what Ceph ignores; clear its rules after use."""
+    with run_proxy(ceph.url, ceph.access_key, ceph.secret_key) as proxy:
+        yield proxy
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -99,9 +99,7 @@ class Kit:
         self.queue = Failing(MemoryQueue(lease=lease, max_deliveries=max_deliveries))
         self.state = Failing(MemoryState(TABLES))
         self.notifier = MemoryNotifier()
-        self.ledger = Ledger(
-            self.state, notes=lambda result: [Due("memory", scan_result(result))]
-        )
+        self.ledger = Ledger(self.state, notes=lambda result: [Due("memory", scan_result(result))])
         self.engine = Failing(MemoryEngine("clamav", patterns={"Test.Mark": MARK}))
         self.engines = {"clamav": self.engine}
         self.spool = Spool(memory=64 * MIB, disk=64 * MIB)
@@ -128,6 +126,7 @@ class Kit:
             lambda protected, name: self.quarantine,
             threads=more.pop("threads", 4),
             drain=5,
+            poll=0.05,
             on_result=self.seen.append,
             **more,
         )

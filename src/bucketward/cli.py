@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from bucketward.wiring import House
 
 CLEAN, FOUND, PROBLEM, USAGE = 0, 1, 2, 64
+_SIGNALLED = 128  # and the number of the signal, as shells have it
 
 app = typer.Typer(
     name="bucketward",
@@ -160,8 +164,6 @@ def bucket_list(config: ConfigOption = None) -> None:
 
 @contextmanager
 def _config(path: Path | None) -> Iterator[Config]:
-    import os
-
     from bucketward.config import load
 
     yield load(path, os.environ)
@@ -180,7 +182,15 @@ def _house(path: Path | None) -> Iterator[House]:
 
 def main() -> None:
     """Run the command line; every expected failure is one clear message and an exit code."""
-    sys.exit(_main())
+    code = _main()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _SIGNALLED + signal.SIGPIPE
+    if code > _SIGNALLED:
+        # At once: a thread of ours may hang in a read, and nobody is there to read what is left.
+        os._exit(code)
+    sys.exit(code)
 
 
 def _main() -> int:
@@ -196,15 +206,27 @@ def _main() -> int:
     except typer.Exit as end:
         return end.exit_code
     except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _SIGNALLED + signal.SIGINT
     except BrokenPipeError:
-        return PROBLEM
+        return _SIGNALLED + signal.SIGPIPE
+    except SystemExit as end:
+        # typer ends with 1 for a broken pipe, which is a finding with us.
+        is_pipe = isinstance(end.__context__, BrokenPipeError)
+        return _SIGNALLED + signal.SIGPIPE if is_pipe else cast("int", end.code)
     except ConfigError as error:
         print(f"configuration: {error}", file=sys.stderr)
         return USAGE
     except Error as error:
         print(str(error), file=sys.stderr)
+        return PROBLEM
+    except Exception as error:
+        # Ours to mend, not the user's to read; the log has the rest for a report.
+        logging.getLogger(__name__).debug("internal error", exc_info=True)
+        print(
+            f"internal error: {type(error).__name__}: {error}\n"
+            "Please report it; BUCKETWARD_LOG__LEVEL=debug shows where it happened.",
+            file=sys.stderr,
+        )
         return PROBLEM
 
 

@@ -13,7 +13,8 @@ class Error(Exception):
 
     `backend` names the backend, such as ``s3`` or ``clamav``.  `reason` is a machine-readable
     detail: on `Unsupported` the reason code of the `Unscannable` verdict it leads to (see
-    `bucketward.model.Reason`), on `Denied` the missing permission.  `retry_after` is the number of
+    `bucketward.model.Reason`), on `Denied` the missing permission, on
+    `Unavailable` ``loading`` where nothing is wrong and time helps.  `retry_after` is the number of
     seconds the provider asked us to wait, where it did.
     """
 

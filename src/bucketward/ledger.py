@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
 from bucketward.errors import Changed, ConfigError, Unavailable
-from bucketward.interfaces import State
+from bucketward.interfaces import Queue, State
 from bucketward.model import (
     Add,
     Delete,
@@ -60,6 +60,9 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "audit": ("day",),
 }
 
+_MAX_RESULT = 200 * 1024  # of 256 KiB, which a record and a message may have
+_MAX_TEXT = 2048
+_MANY, _FEW = 100, 10  # findings of one engine that are kept
 _BATCH = 100  # the most changes in one commit: the State Protocol
 RETRY_AFTER = (3600.0, 6 * 3600.0, 24 * 3600.0)
 """When an object with verdict Error is tried again, in seconds after each failure."""
@@ -174,12 +177,8 @@ class Ledger:
             return
         if changes.result.action_state == "pending":
             return
-        self.state.commit(
-            [
-                Put("results", changes.records[0].record, version=stored.version),
-                *(c for c in changes.records[1:] if not isinstance(c, Put) or c.table != "outbox"),
-            ]
-        )
+        first = Put("results", changes.records[0].record, version=stored.version)
+        self.state.commit([first, *changes.records[1:]])
 
     def _changes(self, result: ScanResult) -> _Changes:
         day = result.scanned_at.strftime("%Y-%m-%d")
@@ -204,10 +203,11 @@ class Ledger:
             records.append(Delete("verdicts", verdict_id(info.bucket, info.key, info.identity)))
         else:
             records.append(Put("verdicts", self._verdict_record(result)))
-        records += [
-            Put("outbox", _outbox_record(due, result.scanned_at), version=0)
-            for due in self._notes(result)
-        ]
+        if result.action_state != "pending":  # people are told how it ended
+            records += [
+                Put("outbox", _outbox_record(due, result.scanned_at), version=0)
+                for due in self._notes(result)
+            ]
         amounts = {str(result.verdict): 1, f"{result.verdict}.bytes": info.size}
         for reason in result.reasons:
             amounts[f"reason.{reason}"] = 1
@@ -437,6 +437,25 @@ class Ledger:
         return [json.loads(record.body) for record in page.items]
 
 
+class QueuedResults:
+    """Sends results to a keeper elsewhere; recorded means durable in that queue."""
+
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
+
+    def record(self, results: Sequence[ScanResult]) -> None:
+        """Send the results; see `Results.record`."""
+        self._queue.send([dump_result(result) for result in results])
+
+    def forget(self, refs: Sequence[ObjectRef]) -> None:
+        """Send word that these objects are gone."""
+        self._queue.send([dump_gone(ref) for ref in refs])
+
+    def ping(self) -> None:
+        """Prove that the queue can be reached."""
+        self._queue.ping()
+
+
 @dataclass(frozen=True, slots=True)
 class _Changes:
     """What one result writes; `records[0]` is the result itself."""
@@ -529,7 +548,16 @@ def _load_due(body: str) -> Due:
 
 
 def dump_result(result: ScanResult) -> str:
-    """Return a result as JSON text, as the ledger and the results queue keep it."""
+    """Return a result as JSON text, as the ledger and the results queue keep it.
+
+    However much the engines had to say, it fits into a record and a message: what is too long is
+    cut, findings down to the first hundred of each engine.
+    """
+    text = _dump_result(result, _MANY)
+    return text if len(text) <= _MAX_RESULT else _dump_result(result, _FEW)
+
+
+def _dump_result(result: ScanResult, findings: int) -> str:
     info = result.object
     fields: dict[str, Any] = {
         "id": result.id,
@@ -545,7 +573,7 @@ def dump_result(result: ScanResult) -> str:
         "verdict": result.verdict,
         "scanned_at": result.scanned_at.isoformat(),
         "reasons": result.reasons,
-        "reports": [_dump_report(report) for report in result.reports],
+        "reports": [_dump_report(report, findings) for report in result.reports],
         "sha256": result.sha256,
         "seconds": round(result.seconds, 6),
         "action": result.action,
@@ -563,17 +591,20 @@ def dump_result(result: ScanResult) -> str:
         "tag_note",
     ):
         if value := getattr(result, name):
-            fields[name] = value
+            fields[name] = value[:_MAX_TEXT]
     return json.dumps(fields)
 
 
-def _dump_report(report: EngineReport) -> dict[str, Any]:
+def _dump_report(report: EngineReport, findings: int) -> dict[str, Any]:
     signatures = report.signatures
     return {
         "engine": report.engine,
         "verdict": report.verdict,
         "coverage": report.coverage,
-        "findings": [(f.engine, f.signature, f.member) for f in report.findings],
+        "findings": [
+            (f.engine, f.signature[:_MAX_TEXT], f.member[:_MAX_TEXT])
+            for f in report.findings[:findings]
+        ],
         "signatures": signatures
         and {
             "digest": signatures.digest,
@@ -583,8 +614,22 @@ def _dump_report(report: EngineReport) -> dict[str, Any]:
             "is_demo": signatures.is_demo,
         },
         "seconds": round(report.seconds, 6),
-        "message": report.message,
+        "message": report.message[:_MAX_TEXT],
     }
+
+
+def dump_gone(ref: ObjectRef) -> str:
+    """Return the word that an object is gone, as the results queue carries it."""
+    return json.dumps({"gone": [ref.bucket, ref.key, ref.version_id]})
+
+
+def load_gone(text: str) -> ObjectRef | None:
+    """Return the object that `dump_gone` wrote about, `None` for anything else."""
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or "gone" not in fields:
+        return None
+    bucket, key, version_id = fields["gone"]
+    return ObjectRef(bucket, key, version_id)
 
 
 def load_result(text: str) -> ScanResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from bucketward.model import Note, ScanResult
 
@@ -20,7 +21,7 @@ def scan_result(result: ScanResult) -> Note:
     findings = [
         {"engine": f.engine, "signature": f.signature, "member": f.member} for f in result.findings
     ]
-    fields = {
+    fields: dict[str, Any] = {
         "notificationType": "scanResult",
         "scanResult": result.verdict,
         "bucket": info.bucket,

@@ -349,11 +349,12 @@ class Settings:
 
     @classmethod
     def from_json(cls, text: str) -> Settings:
-        """Return the settings that `to_json` wrote, or an operator: ``{"global": {...},
-        "accounts": {id: {...}}, "regions": {name: {...}}, "buckets": {identity: {...}}}``.
+        """Return the settings that `to_json` wrote, or an operator.
 
-        An unknown name, a name given twice and a value of the wrong kind are `ConfigError`.
-        """  # noqa: D205 - the shape is the summary
+        ``{"global": {...}, "accounts": {id: {...}}, "regions": {name: {...}}, "buckets":
+        {identity: {...}}}``.  An unknown name, a name given twice and a value of the wrong kind are
+        `ConfigError`.
+        """
         problems: _Problems = []
         try:
             document = json.loads(
@@ -588,7 +589,7 @@ def _joined(names: Iterable[str]) -> str:
     """Return the names that fit into one tag value, and how many more there are."""
     unique = [name for name in dict.fromkeys(tag_value(name) for name in names) if name]
     text = ""
-    for kept in range(len(unique), 0, -1):
+    for kept in range(min(len(unique), 256), 0, -1):  # more cannot fit
         more = f" +{len(unique) - kept}" if kept < len(unique) else ""
         text = " ".join(unique[:kept])
         if kept == 1:

@@ -49,12 +49,21 @@ class Judgement:
 class Scan:
     """A finished scan: the result, and the bytes it is about until it is closed.
 
-    `file` is `None` where no byte was read.
+    `file` is `None` where no byte was read.  `is_pinned` says whether `result.object` is what a
+    store said, not only what an event claims: nothing may be done to what is not pinned.
     """
 
-    def __init__(self, result: ScanResult, file: Spooled | None, slot: Slot | None) -> None:
+    def __init__(
+        self,
+        result: ScanResult,
+        file: Spooled | None = None,
+        slot: Slot | None = None,
+        *,
+        is_pinned: bool = True,
+    ) -> None:
         self.result = result
         self.file = file
+        self.is_pinned = is_pinned
         self._slot = slot
 
     def __enter__(self) -> Scan:
@@ -118,6 +127,7 @@ class Scanner:
         """
         started = time.monotonic()
         slot: Slot | None = None
+        pin: ObjectInfo | None
 
         def accept(info: ObjectInfo) -> int:
             nonlocal slot
@@ -152,20 +162,21 @@ class Scanner:
             slot = None
             return scan
         except _Stop as stop:
-            info, message = stop.info, stop.message
+            pin, message = stop.info, stop.message
             judgement = _unread(Verdict.UNSCANNABLE, stop.reason)
         except Unsupported as error:
-            info, message = claimed(ref, self._now()), str(error)
+            pin, message = _pin(store, ref), str(error)
             verdict = Verdict.UNSCANNABLE if error.reason else Verdict.ERROR
             judgement = _unread(verdict, error.reason or Reason.UNSUPPORTED)
         except Denied as error:
-            info, message = claimed(ref, self._now()), str(error)
+            pin, message = _pin(store, ref), str(error)
             judgement = _unread(Verdict.ERROR, Reason.DENIED)
         finally:
             if slot is not None:
                 slot.close()
+        info = pin if pin is not None else claimed(ref, self._now())
         result = self._result(ref, info, judgement, started, cause)
-        return Scan(replace(result, message=message), None, None)
+        return Scan(replace(result, message=message), is_pinned=pin is not None)
 
     def _refuse(self, info: ObjectInfo, policy: Policy) -> None:
         """Raise `_Stop` if the answer is known without reading the object."""
@@ -243,6 +254,14 @@ class Scanner:
             uploaded_by=ref.uploaded_by,
             sequencer=ref.sequencer,
         )
+
+
+def _pin(store: Store, ref: ObjectRef) -> ObjectInfo | None:
+    """Return the pin of an object whose body cannot be read, `None` if that is refused as well."""
+    try:
+        return store.stat(ref)
+    except (Denied, Unsupported):
+        return None
 
 
 def claimed(ref: ObjectRef, now: datetime) -> ObjectInfo:

@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import logging
 import os
+import shutil
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from datetime import UTC, datetime
-from functools import cached_property
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from datetime import UTC, datetime, timedelta
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import Any, Protocol, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from bucketward.agents.event import EventAgent
 from bucketward.agents.keeper import Keeper, sweep
-from bucketward.config import Config
-from bucketward.errors import ConfigError, Error, NotFound, Unsupported
+from bucketward.config import ClamavEngine, Config, YaraEngine
+from bucketward.errors import ConfigError, Error, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
-from bucketward.interfaces import Backend, Cloud, Engine, Notifier, Queue, State, Store
+from bucketward.interfaces import (
+    Cloud,
+    CredentialsProvider,
+    Engine,
+    Notifier,
+    Queue,
+    State,
+    Store,
+)
 from bucketward.ledger import (
     TABLES,
     Due,
     Ledger,
     Protected,
+    QueuedResults,
     Results,
     SettingsReader,
-    dump_result,
 )
-from bucketward.model import ObjectRef, QuarantineSpec, ScanResult, Spooled, Verdict
+from bucketward.model import QuarantineSpec, ScanResult, Spooled
 from bucketward.notes import matches, scan_result
 from bucketward.policy import Settings, check_loops
 from bucketward.scan import Scanner
@@ -90,6 +99,13 @@ def opener(kind: str, url: str) -> Callable[..., Any]:
         ) from error
 
 
+class _Closes(Protocol):
+    def close(self) -> None: ...
+
+
+T = TypeVar("T", bound=_Closes)
+
+
 class House:
     """Everything one process has open: each thing opened on first use, closed in reverse order.
 
@@ -101,16 +117,18 @@ class House:
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._open = ExitStack()
         self._lock = threading.RLock()
-        self._stores: dict[str, Store] = {}
+        self._closing = threading.Event()
+        self._stores: dict[tuple[str, str], Store] = {}
         self._quarantines: dict[str, str] = {}
 
     def __enter__(self) -> House:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._closing.set()
         self._open.close()
 
-    def _keep(self, backend: Any) -> Any:
+    def _keep(self, backend: T) -> T:
         self._open.callback(backend.close)
         return backend
 
@@ -120,7 +138,9 @@ class House:
     def state(self) -> State:
         """The state that the ledger lies in."""
         url = self.config.state.url
-        return self._keep(opener("state", url)(url, TABLES))  # type: ignore[no-any-return]  # by URL
+        self._make_folder(url)
+        state: State = self._keep(opener("state", url)(url, TABLES))
+        return state
 
     @cached_property
     def ledger(self) -> Ledger:
@@ -133,19 +153,22 @@ class House:
     @cached_property
     def queue(self) -> Queue:
         """The queue that events arrive on."""
-        return self._queue(self.config.queue.url)
-
-    def _queue(self, url: str) -> Queue:
-        options = {"max_deliveries": self.config.queue.max_deliveries}
-        if urlsplit(url).scheme == "sqs":
-            options = {}  # the queue's own redrive policy says
-        return self._keep(opener("queue", url)(url, **options))  # type: ignore[no-any-return]  # by URL
+        return self._queue(self.config.queue.url, "events")
 
     @cached_property
     def results_queue(self) -> Queue | None:
         """The queue that results travel on, `None` where they go straight to the ledger."""
         url = self.config.results.url
-        return self._queue(url) if url else None
+        return self._queue(url, "results") if url else None
+
+    def _queue(self, url: str, name: str) -> Queue:
+        self._make_folder(url)
+        scheme = urlsplit(url).scheme
+        options = self.config.queue
+        if scheme == "sqlite" and "?" not in url:
+            url += f"?name={name}&lease={options.lease}&max_deliveries={options.max_deliveries}"
+        queue: Queue = self._keep(opener("queue", url)(url))
+        return queue
 
     @cached_property
     def results(self) -> Results:
@@ -155,14 +178,50 @@ class House:
     @cached_property
     def engines(self) -> Mapping[str, Engine]:
         """The engines that are configured here, by name."""
-        return {name: self._engine(name) for name in self.config.engines}
+        return {
+            name: self._engine(name, options)
+            for name, options in self.config.engines.items()
+            if options.enabled
+        }
 
-    def _engine(self, name: str) -> Engine:
-        options = self.config.engines[name]
-        return self._keep(opener("engine", options.url)(options.url, **self._engine_options(name)))  # type: ignore[no-any-return]  # by URL
+    def _engine(self, name: str, options: ClamavEngine | YaraEngine) -> Engine:
+        engine: Engine
+        if isinstance(options, YaraEngine):
+            url = f"yara://{_url_path(options.rules)}"
+            engine = opener("engine", url)(
+                url, name=name, workers=options.workers, max_size=options.max_file_size
+            )
+            return self._keep(engine)
+        open_clamav = opener("engine", options.url)
+        if options.url != "clamav:managed":
+            engine = open_clamav(options.url, name=name, max_size=options.max_file_size)
+            return self._keep(engine)
+        from bucketward.engines.clamd import Limits
 
-    def _engine_options(self, name: str) -> dict[str, Any]:
-        raise NotImplementedError(name)
+        engine = open_clamav(
+            options.url,
+            name=name,
+            data_dir=self.config.data,
+            signatures_dir=self.signatures,
+            max_size=options.max_file_size,
+            limits=Limits(
+                file_size=options.max_file_size,
+                scan_size=options.max_scan_size,
+                files=options.max_files,
+                recursion=options.max_recursion,
+                scan_time=options.scan_time,
+                threads=options.threads,
+                pua=options.pua,
+            ),
+            options=options.options,
+            user=options.user,
+        )
+        return self._keep(engine)
+
+    @property
+    def signatures(self) -> Path:
+        """The folder that the managed engine is fed from."""
+        return self.config.signatures.directory
 
     @cached_property
     def spool(self) -> Spool:
@@ -187,16 +246,23 @@ class House:
         for name, options in self.config.notifiers.items():
             given: dict[str, Any] = {}
             if urlsplit(options.url).scheme in {"http", "https"}:
-                given = {"secret": options.secret, "allow_private": options.allow_private}
+                given = {
+                    "secret": options.secret.get_secret_value(),
+                    "allow_private": options.allow_private,
+                }
+                if options.ca_file is not None:
+                    given["ca_file"] = str(options.ca_file)
             found[name] = self._keep(opener("notifier", options.url)(options.url, **given))
         return found
 
     def _notes(self, result: ScanResult) -> Sequence[Due]:
+        if not self.config.notifiers:
+            return ()
         note = scan_result(result)
         return [
             Due(name, note)
             for name, options in self.config.notifiers.items()
-            if matches(options.filter, note)
+            if matches(options.only, note)
         ]
 
     @cached_property
@@ -204,57 +270,401 @@ class House:
         """The settings and protected buckets, read again every 30 s."""
         return SettingsReader(self.ledger)
 
-    def store(self, url: str) -> Store:
-        """Open a bucket by URL, once."""
+    # -- buckets ---------------------------------------------------------------------------------
+
+    def store(self, url: str, account: str = "") -> Store:
+        """Open a bucket by URL, once per account."""
         with self._lock:
-            store = self._stores.get(url)
+            store = self._stores.get((url, account))
             if store is None:
-                store = self._stores[url] = self._keep(opener("store", url)(url))
+                open_store = opener("store", url)
+                if urlsplit(url).scheme == "s3":
+                    store = open_store(
+                        url,
+                        self.credentials(account),
+                        connections=self._connections,
+                        account=account,
+                    )
+                else:
+                    store = open_store(url)
+                self._stores[url, account] = self._keep(store)
             return store
+
+    @cached_property
+    def _connections(self) -> Any:
+        from bucketward.stores.s3_http import Connections
+
+        return self._keep(Connections())
+
+    def credentials(self, account: str) -> CredentialsProvider | None:
+        """Return the credentials of a configured account, `None` for the platform's own chain."""
+        options = self.config.accounts.get(account)
+        if options is None or not (options.role_arn or options.profile):
+            return None
+        from bucketward.clouds.aws_credentials import assume_role
+
+        return assume_role(
+            options.role_arn,
+            external_id=options.external_id,
+            region=options.region,
+            profile=options.profile,
+        )
 
     def protected_store(self, protected: Protected) -> Store:
         """Open a protected bucket, once."""
-        return self.store(protected.url)
+        return self.store(protected.url, protected.account)
 
     def quarantine(self, protected: Protected, name: str) -> Store:
-        """Open the quarantine of a protected bucket: the one named, or the default, made if absent.
+        """Open the quarantine of a protected bucket: the one its policy names, or the default.
 
-        The default for directories is ``quarantine`` in the data folder; for S3 on AWS a bucket of
-        its own per account and region.  `ConfigError` where a name has to be given.
+        For directories that is ``quarantine`` in the data folder, for S3 on AWS a bucket per
+        account and region; both are made when first needed.  `Unsupported` where one has to be
+        named.
         """
-        url = name or self._default_quarantine(protected)
-        return self.store(_same_place(protected.url, url))
-
-    def _default_quarantine(self, protected: Protected) -> str:
-        if protected.url.startswith("file://"):
-            return (self.config.data / "quarantine").as_uri()
+        if name:
+            return self.store(_beside(protected.url, name), protected.account)
+        default = self.config.quarantine
+        if default and urlsplit(default).scheme == urlsplit(protected.url).scheme:
+            if default.startswith("file://"):
+                folder = Path(unquote(urlsplit(default).path))
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return self.store(_beside(protected.url, default), protected.account)
         with self._lock:
             place = f"{protected.account}|{protected.region}"
             if place not in self._quarantines:
-                cloud = self.cloud(protected)
+                cloud = self.cloud(protected.url, protected.account)
                 if cloud is None:
                     raise Unsupported(
-                        f"no quarantine for {protected.bucket}; name one in the policy "
-                        '(quarantine = "s3://...")',
+                        f"no quarantine for {protected.bucket}: name one in the policy, as in "
+                        'quarantine = "s3://my-quarantine"',
                         backend="wiring",
                     )
                 name = f"bucketward-quarantine-{cloud.account}-{cloud.region}"
                 self._quarantines[place] = cloud.make_quarantine(QuarantineSpec(name, cloud.region))
-            return self._quarantines[place]
+            url = self._quarantines[place]
+        return self.store(_beside(protected.url, url), protected.account)
 
-    def cloud(self, protected: Protected) -> Cloud | None:
-        """Open the control plane that a bucket belongs to, `None` if there is none we speak to."""
-        raise NotImplementedError
+    def cloud(self, url: str, account: str = "") -> Cloud | None:
+        """Open the control plane that a bucket belongs to, `None` where we speak to none.
 
-    # -- protecting ------------------------------------------------------------------------------
+        An S3 bucket belongs to AWS (or a stand-in for it) if our queue is SQS at the same endpoint.
+        """
+        parts = urlsplit(url)
+        cloud: Cloud
+        if parts.scheme == "file":
+            cloud = opener("cloud", "local:")(f"local://{_url_path(self.config.data)}", ())
+            return self._keep(cloud)
+        queue = urlsplit(self.config.queue.url)
+        options, queued = parse_qs(parts.query), parse_qs(queue.query)
+        endpoint = options.get("endpoint", [""])[0]
+        if parts.scheme != "s3" or queue.scheme != "sqs":
+            return None
+        if endpoint != queued.get("endpoint", [""])[0]:
+            return None
+        region = options.get("region", [queue.netloc])[0]
+        number = self.config.accounts[account].id if account in self.config.accounts else ""
+        number = number or queue.path.strip("/").partition("/")[0]
+        query = f"?endpoint={endpoint}" if endpoint else ""
+        target = f"aws://{number}/{region}{query}"
+        cloud = opener("cloud", target)(target, self.credentials(account))
+        return self._keep(cloud)
 
     def protect(self, url: str, *, account: str = "") -> tuple[Protected, bool]:
         """Protect a bucket; return its entry and whether it is new.
 
-        `ConfigError` if it is the quarantine of another, or cannot be opened.
+        The bucket is opened and tried first.  `ConfigError` where objects would go in circles.
         """
-        raise NotImplementedError
+        if url.startswith("file://"):
+            Path(unquote(urlsplit(url).path)).mkdir(parents=True, exist_ok=True)
+        store = self.store(url, account)
+        store.ping()
+        known = self.ledger.protected()
+        if store.bucket in known:
+            return known[store.bucket], False
+        self._check_loops({*known, store.bucket})
+        since = "" if url.startswith("file://") else datetime.now(UTC).isoformat()
+        route = ""
+        cloud = self.cloud(url, account)
+        if cloud is not None:
+            route = cloud.enrol(store.bucket, self.config.queue.url)
+        protected = Protected(store.bucket, url, account, store.region, route, since)
+        return protected, self.ledger.protect(protected)
 
-    def unprotect(self, url: str) -> None:
-        """Stop protecting a bucket."""
-        raise NotImplementedError
+    def unprotect(self, bucket: str) -> None:
+        """Stop protecting a bucket, given by identity or by the URL it was protected with."""
+        known = self.ledger.protected()
+        protected = known.get(bucket.partition("?")[0])
+        if protected is None:
+            raise NotFound(f"{bucket.partition('?')[0]} is not protected; see bucket list")
+        cloud = self.cloud(protected.url, protected.account)
+        if cloud is not None and protected.route:
+            cloud.withdraw(protected.bucket)
+        self.ledger.unprotect(protected.bucket)
+
+    def _check_loops(self, protected: Collection[str]) -> None:
+        settings = Settings.from_json(self.ledger.settings()[0])
+        if problems := check_loops(settings, protected, quarantine=self.config.quarantine):
+            raise ConfigError("; ".join(problems))
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def seed(self) -> None:
+        """Give a new ledger its first settings and buckets, and a new engine its first signatures.
+
+        Done once; nothing that is there is overwritten.
+        """
+        if isinstance(self.config.engines.get("clamav"), ClamavEngine):
+            self._seed_signatures()
+        if self.ledger.settings()[1] == 0:
+            for url in self.config.protect:
+                self.protect(url)
+            first = Settings(global_=self.config.policy).to_json()
+            self.ledger.change_settings(first, 0, "configuration")
+        self._check_loops(self.ledger.protected())
+
+    def _seed_signatures(self) -> None:
+        from bucketward.engines.clamd import SIGNATURE_SUFFIXES, demo_signatures
+
+        folder = self.signatures
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(path.suffix[1:] in SIGNATURE_SUFFIXES for path in folder.iterdir()):
+            return
+        for path in demo_signatures().iterdir():
+            if path.suffix[1:] in SIGNATURE_SUFFIXES:
+                shutil.copyfile(path, folder / path.name)
+
+    def parts(
+        self, names: Collection[str], *, on_result: Callable[[ScanResult], None]
+    ) -> Iterator[Part]:
+        """Yield what is to run, by name: keeper, event, receiver, watch."""
+        config = self.config
+        if "keeper" in names:
+            yield Keeper(
+                self.ledger,
+                self.queue,
+                self.settings.current,
+                self.protected_store,
+                self.notifiers,
+                holder=self.name,
+                results=self.results_queue,
+                sweep_every=config.keeper.sweep_minutes * 60.0,
+            )
+        if "event" in names:
+            yield EventAgent(
+                self.queue,
+                self.scanner,
+                self.results,
+                self.settings.current,
+                self.protected_store,
+                self.quarantine,
+                name=self.name,
+                threads=config.event.threads,
+                max_deliveries=config.queue.max_deliveries,
+                drain=config.event.drain_seconds,
+                # SQS bills each request, and a longer wait is one; the others cost nothing.
+                poll=10.0 if urlsplit(config.queue.url).scheme == "sqs" else 1.0,
+                on_result=on_result,
+                on_ready=self._say_ready,
+            )
+        if "receiver" in names and config.receiver.enabled:
+            from bucketward.agents.receiver import Receiver
+
+            yield Receiver(
+                self.queue,
+                config.receiver.host,
+                config.receiver.port,
+                secret=config.receiver.secret.get_secret_value(),
+            )
+        if "watch" in names and config.watch.enabled and (watched := self._watched()):
+            from bucketward.agents.watch import Watch
+            from bucketward.stores.file import key_of
+
+            yield Watch(
+                watched,
+                lambda refs: self.queue.send([encode([ref]) for ref in refs]),
+                key_of=lambda _, path: key_of(path.split(b"/")),
+                resync=self._resync,
+                settle=config.watch.settle_seconds,
+            )
+
+    def _watched(self) -> Mapping[str, Path]:
+        return {
+            protected.bucket: Path(os.fsdecode(unquote(urlsplit(protected.url).path)))
+            for protected in self.ledger.protected().values()
+            if protected.url.startswith("file://")
+        }
+
+    def _resync(self, bucket: str) -> None:
+        threading.Thread(target=self._sweep, args=(bucket,), daemon=True).start()
+
+    def _sweep(self, bucket: str) -> None:
+        """Compare a directory with the ledger until that has worked once."""
+        settle = timedelta(seconds=self.config.watch.settle_seconds)
+        while not self._closing.is_set():
+            protected = self.settings.current().protected.get(bucket)
+            if protected is None:
+                return
+            try:
+                older = datetime.now(UTC) - settle
+                store = self.protected_store(protected)
+                found = sweep(
+                    self.ledger,
+                    self.queue,
+                    store,
+                    protected,
+                    older_than=older,
+                    stopping=self._closing.is_set,
+                )
+            except Error as error:
+                log.warning("cannot compare %s with the ledger, trying again: %s", bucket, error)
+                self._closing.wait(10)
+                continue
+            if found:
+                log.info("%d unscanned objects found in %s", found, bucket)
+            return
+
+    def _say_ready(self) -> None:
+        for name, engine in self.engines.items():
+            signatures = engine.signatures()
+            log.info("engine %s: %s, %d signatures", name, signatures.version, signatures.count)
+            if signatures.is_demo:
+                log.warning("%s", DEMO_WARNING.format(self.signatures))
+
+    def welcome(self, names: Collection[str]) -> Iterator[str]:
+        """Yield what somebody who has just started us wants to know."""
+        if "watch" in names:
+            for folder in self._watched().values():
+                yield f"drop a file into {folder} and its verdict appears here"
+            yield f"infected files go to {self.config.quarantine.removeprefix('file://')}"
+        if "receiver" in names and self.config.receiver.enabled:
+            receiver = self.config.receiver
+            yield f"stores may push events to http://{receiver.host}:{receiver.port}/events"
+
+    # -- checking --------------------------------------------------------------------------------
+
+    def check(self, *, patience: float = 120.0) -> Iterator[tuple[str, str]]:
+        """Open and try everything that is configured; yield each name, and what is wrong with it.
+
+        An engine that is loading its database is waited for, `patience` seconds at most.
+        """
+        yield from self._try("state " + _plain(self.config.state.url), lambda: self.state.ping())
+        yield from self._try("queue " + _plain(self.config.queue.url), lambda: self.queue.ping())
+        if self.config.results.url:
+            yield from self._try("results", lambda: self.results.ping())
+        for name, options in self.config.engines.items():
+            if options.enabled:
+                yield from self._try(f"engine {name}", partial(self._try_engine, name, patience))
+        for name in self.config.notifiers:
+            yield from self._try(f"notifier {name}", partial(self._ping_notifier, name))
+        yield from self._try(
+            "spool", lambda: self.spool.reserve(self.spool.in_memory_below).close()
+        )
+        try:
+            buckets = self.ledger.protected()
+        except Error:
+            return
+        yield from self._try("policies", lambda: self._check_loops(buckets))
+        for protected in buckets.values():
+            yield from self._try(f"bucket {protected.bucket}", partial(self._try_bucket, protected))
+
+    def _try(self, name: str, attempt: Callable[[], object]) -> Iterator[tuple[str, str]]:
+        try:
+            said = attempt()
+        except Error as error:
+            yield name, str(error)
+        else:
+            yield f"{name} ({said})" if said else name, ""
+
+    def _ping_notifier(self, name: str) -> None:
+        self.notifiers[name].ping()
+
+    def _try_engine(self, name: str, patience: float) -> str:
+        self.wait_for_engine(name, patience)
+        signatures = self.engines[name].signatures()
+        if signatures.is_demo:
+            return DEMO_WARNING.format(self.signatures)
+        return f"{signatures.version}, {signatures.count} signatures"
+
+    def wait_for_engine(self, name: str, patience: float) -> None:
+        """Wait until an engine is ready: `patience` seconds if it loads, a few if it says why not.
+
+        Raises what its ping does.
+        """
+        engine = self.engines[name]
+        started = time.monotonic()
+        while True:
+            try:
+                engine.ping()
+            except Unavailable as error:
+                waited = time.monotonic() - started
+                if waited > (patience if error.reason == "loading" else min(patience, 3.0)):
+                    raise
+                time.sleep(0.05)
+            else:
+                return
+
+    def _try_bucket(self, protected: Protected) -> str:
+        store = self.protected_store(protected)
+        store.ping()
+        policy = self.settings.current().policy(protected)
+        target = self.quarantine(protected, policy.quarantine)
+        target.ping()
+        missing = [
+            name
+            for name in ("tag", "copy-source", "delete")
+            if name not in store.conditions and not store.has_versions
+        ]
+        notes = ["versioned" if store.has_versions else "not versioned"]
+        if not store.has_tags:
+            notes.append("no tags here, the ledger alone knows")
+        if missing:
+            notes.append(f"no condition on {', '.join(missing)}: versioning is recommended")
+        return ", ".join(notes) + f", quarantine {target.bucket}"
+
+    def _make_folder(self, url: str) -> None:
+        parts = urlsplit(url)
+        if parts.scheme == "sqlite":
+            with suppress(OSError):  # opening it says what is wrong
+                Path(unquote(parts.path)).parent.mkdir(parents=True, exist_ok=True)
+
+
+DEMO_WARNING = (
+    "ONLY BUCKETWARD'S DEMONSTRATION SIGNATURES ARE LOADED: nothing but the EICAR test file is "
+    "recognised. Put a ClamAV database (freshclam fetches it) into {}."
+)
+
+
+class Part(Protocol):
+    """Something that runs until it is stopped."""
+
+    def start(self) -> None:
+        """Start and return."""
+
+    def stop(self) -> None:
+        """Stop in good order and return."""
+
+
+def detect_type(file: Spooled) -> str:
+    """Return the content type that the first bytes speak of, "" if they do not."""
+    import puremagic
+
+    try:
+        return str(puremagic.from_string(os.pread(file.fd, 8192, 0), mime=True))
+    except (puremagic.PureError, ValueError):
+        return ""
+
+
+def _beside(url: str, other: str) -> str:
+    """Return `other` as a URL that opens it the way `url` is opened: same endpoint and region."""
+    parts = urlsplit(url)
+    if "?" in other or parts.scheme != urlsplit(other).scheme or not parts.query:
+        return other
+    return f"{other}?{parts.query}"
+
+
+def _plain(url: str) -> str:
+    return url.partition("?")[0]
+
+
+def _url_path(path: Path) -> str:
+    return path.absolute().as_uri().removeprefix("file://")

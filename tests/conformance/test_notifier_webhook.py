@@ -12,9 +12,6 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from bucketward.errors import ConfigError, Denied, NotFound, Unavailable, Unsupported
 from bucketward.notifiers.webhook import (
@@ -26,6 +23,7 @@ from bucketward.notifiers.webhook import (
     verify,
 )
 from bucketward.testing.notifier import NotifierSuite, note
+from servers.pki import make_authority, make_certificate
 
 SECRET = (
     "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # the example of the specification's own libraries
@@ -646,40 +644,12 @@ def test_only_plainly_public_addresses_are_public():
 def pki(tmp_path_factory):
     """Certificates for hooks.example: by an authority of ours, and self-signed."""
     folder = tmp_path_factory.mktemp("pki")
-    now = dt.datetime.now(dt.UTC)
-
-    def make(name, issuer=None, *, is_ca=False):
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-        signer_name, signer = issuer or (subject, key)
-        builder = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(signer_name)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - dt.timedelta(days=1))
-            .not_valid_after(now + dt.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        )
-        path = folder / f"{name}-{'by-ca' if issuer else 'self'}.pem"
-        path.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-            + builder.sign(signer, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-        )
-        return path, (subject, key)
-
-    ca, authority = make("authority.example", is_ca=True)
+    authority, ca = make_authority(folder)
     return {
         "ca": ca,
-        "good": make("hooks.example", authority)[0],
-        "self-signed": make("hooks.example")[0],
-        "another": make("another.example", authority)[0],
+        "good": make_certificate(folder, "hooks.example", authority),
+        "self-signed": make_certificate(folder, "hooks.example"),
+        "another": make_certificate(folder, "another.example", authority),
     }
 
 

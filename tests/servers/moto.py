@@ -39,11 +39,22 @@ class Moto:
 
 
 @contextmanager
-def run_moto() -> Iterator[Moto]:
-    """Start moto on a free loopback port; end it by its process id."""
+def run_moto(*options: str) -> Iterator[Moto]:
+    """Start moto on a free loopback port, with options of its own; end it by its process id."""
     need("moto")
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "moto.server",
+            "-H",
+            "127.0.0.1",
+            "-p",
+            "0",
+            *options,
+        ],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
@@ -51,7 +62,7 @@ def run_moto() -> Iterator[Moto]:
     try:
         url = ""
         for line in server.stderr:
-            if found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"Running on (https?://127\.0\.0\.1:\d+)", line):
                 url = found[1]
                 break
         if not url:

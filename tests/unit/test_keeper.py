@@ -126,13 +126,15 @@ def test_results_from_elsewhere_reach_the_ledger_once():
 
 def test_of_three_keepers_one_does_the_work():
     kit = Kit()
-    put(kit.store, "k", b"hello")
     swept = []
     real = kit.store.inner.list
-    kit.store.inner.list = lambda *a, **k: (swept.append(threading.current_thread()), real(*a, **k))[1]
+    kit.store.inner.list = lambda *a, **k: (
+        swept.append(threading.current_thread()),
+        real(*a, **k),
+    )[1]
     keepers = []
     for i in range(3):
-        keeper = kit.keeper(sweep_every=0.2, sweep_older=-60)
+        keeper = kit.keeper(sweep_every=0.2, sweep_older=0)
         keeper._holder = f"keeper-{i}"
         for chore in keeper._chores:
             chore.due = 0

@@ -16,11 +16,19 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from bucketward.actions import Actor
-from bucketward.errors import Changed, Denied, Error, NotFound, Unavailable, Unsupported
+from bucketward.errors import (
+    Changed,
+    ConfigError,
+    Denied,
+    Error,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from bucketward.events import Event, decode, encode
 from bucketward.interfaces import Queue, Store
 from bucketward.ledger import Protected, Results, Snapshot
-from bucketward.model import Message, ObjectRef, ScanResult
+from bucketward.model import Message, ObjectRef, Reason, ScanResult
 from bucketward.scan import Scanner, give_up
 
 log = logging.getLogger(__name__)
@@ -66,7 +74,9 @@ class EventAgent:
         threads: int = 8,
         max_deliveries: int = 5,
         drain: float = 25.0,
+        poll: float = 1.0,
         on_result: Callable[[ScanResult], None] = lambda _: None,
+        on_ready: Callable[[], None] = lambda: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._queue = queue
@@ -78,7 +88,9 @@ class EventAgent:
         self._name = name
         self._max_deliveries = queue.max_deliveries or max_deliveries
         self._drain = drain
+        self._poll = poll
         self._on_result = on_result
+        self._on_ready = on_ready
         self._now = now
         self._actor = Actor(lambda result: results.record([result]))
         self._inbox: inboxes.Queue[_Work | None] = inboxes.Queue()
@@ -87,6 +99,7 @@ class EventAgent:
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)
         self._limit = 3 * threads  # in the workers' hands, and an inbox twice as long
+        self._not_ready = ""
         self._given_back: OrderedDict[str, int] = OrderedDict()
         self._stopping = threading.Event()
         self._ready = threading.Event()
@@ -140,7 +153,7 @@ class EventAgent:
                 self._stopping.wait(_OUTAGE_POLL)
                 continue
             try:
-                messages = self._queue.receive(at_once, 1.0)
+                messages = self._queue.receive(at_once, self._poll)
             except Error as error:
                 log.warning("cannot receive: %s", error)
                 self._stopping.wait(_OUTAGE_POLL)
@@ -162,10 +175,14 @@ class EventAgent:
         try:
             self._scanner.ping()
             self._results.ping()
+            self._on_ready()
         except Error as error:
-            log.warning("not receiving: %s", error)
+            if str(error) != self._not_ready:
+                self._not_ready = str(error)
+                log.warning("not receiving yet: %s", error)
             return False
         log.info("ready")
+        self._not_ready = ""
         self._ready.set()
         return True
 
@@ -274,10 +291,9 @@ class EventAgent:
             # What is there now may have an event of its own; on an unversioned bucket, where two
             # writes can make one event, it may not.
             work.again.append(ObjectRef(ref.bucket, ref.key, uploaded_by=ref.uploaded_by))
-        except (Denied, Unsupported) as error:
-            work.results.append(
-                give_up(ref, cause, str(error), self._now(), reason=error.reason or "denied")
-            )
+        except (Denied, Unsupported, ConfigError) as error:
+            reason = Reason.DENIED if isinstance(error, Denied) else Reason.UNSUPPORTED
+            work.results.append(give_up(ref, cause, str(error), self._now(), reason=reason))
 
     def _is_alone(self, message: Message) -> bool:
         """Return whether a message may have killed agents or engines before: then it runs alone.
@@ -355,12 +371,24 @@ class EventAgent:
                     self._queue.send([encode([ref]) for ref in again])
                     again = []
                 break
-            except Error as error:
+            except Unavailable as error:
                 log.warning("cannot record, keeping %d results: %s", len(results), error)
                 self._ready.clear()
                 if self._stopping.wait(_OUTAGE_POLL):
                     self._nack([work.message for work in batch], 0)
                     return
+            except Exception as error:
+                # One of them cannot be recorded, now or later: it must not hold up the others.
+                if len(batch) > 1:
+                    for work in batch:
+                        self._settle([work])
+                    return
+                log.exception("cannot record what message %s led to", batch[0].message.id)
+                if batch[0].bury:
+                    self._nack([batch[0].message], _BACKOFF_MAX)
+                else:
+                    self._try_later(batch[0], error)
+                return
         for result in results:
             self._on_result(result)
         for work in batch:

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from bucketward.errors import Error, Unavailable, Unsupported
 from bucketward.events import decode, encode
 from bucketward.interfaces import Notifier, Queue, Store
-from bucketward.ledger import Due, Ledger, Protected, Snapshot, load_result
+from bucketward.ledger import Due, Ledger, Protected, Snapshot, load_gone, load_result
 from bucketward.model import ObjectRef
 from bucketward.scan import give_up
 
@@ -112,8 +112,10 @@ class Keeper:
             _Chore("outbox", 1.0, self.send_notes),
             _Chore("dead-letters", 5.0, self.consume_dead_letters),
             _Chore("retries", 60.0, self.retry_errors),
-            _Chore("sweep", sweep_every, self.sweep_all, time.monotonic() + sweep_every),
         ]
+        if sweep_every:
+            first = time.monotonic() + sweep_every
+            self._chores.append(_Chore("sweep", sweep_every, self.sweep_all, first))
         if results is not None:
             self._chores.append(_Chore("results", 0.5, self.drain_results))
         self._thread = threading.Thread(target=self._run, name="keeper")
@@ -230,15 +232,19 @@ class Keeper:
         """Take results that agents elsewhere sent and write them into the ledger."""
         assert self._results is not None
         while not self._stopping.is_set() and (messages := self._results.receive(10, 0)):
-            results, read = [], []
+            results, gone, read = [], [], []
             for message in messages:
                 try:
-                    results.append(load_result(message.body))
+                    if ref := load_gone(message.body):
+                        gone.append(ref)
+                    else:
+                        results.append(load_result(message.body))
                     read.append(message)
                 except (ValueError, KeyError, TypeError) as error:
                     self._results.bury(message, f"not a scan result: {error!r}")
             try:
                 self._ledger.record(results)
+                self._ledger.forget(gone)
             except Unavailable:
                 self._results.nack(read)
                 raise

@@ -13,10 +13,12 @@ import hashlib
 import logging
 import os
 import re
+import select
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +67,9 @@ A value is a `Verdict`, or the `Reason` of an Unscannable."""
 
 _REPLY_LIMIT = 4096
 _CHUNK = 256 * 1024
-_PATIENCE = 5
+_SETTLED = 900.0
+"""Seconds after which an external clamd has loaded what lies there (SelfCheck: 600)."""
+_PATIENCE = 10
 """How often a scan is begun anew because the daemon went away under it."""
 
 
@@ -121,15 +125,17 @@ class _Broken(Exception):  # noqa: N818 - never leaves this module
 class _Late(Exception):  # noqa: N818
     """The deadline passed while clamd worked."""
 
+    def __str__(self) -> str:
+        return "it takes too long"
+
 
 class _Session:
     """One IDSESSION, used by one thread at a time, one command in flight."""
 
-    __slots__ = ("_ancillary", "_socket", "_timeout", "daemon", "is_local", "number")
+    __slots__ = ("_socket", "daemon", "is_local", "number")
 
     def __init__(self, connection: socket.socket, daemon: Daemon | None) -> None:
         self._socket = connection
-        self._timeout = connection.gettimeout()
         self.daemon = daemon
         self.is_local = connection.family == socket.AF_UNIX
         self.number = 0
@@ -139,11 +145,15 @@ class _Session:
         """Ask for a verdict on `file`.  Raises `_Broken` or `_Late`; then close it."""
         self.number += 1
         try:
-            self._limit(deadline)
             if self.is_local:
                 self._socket.sendall(b"zFILDES\0")
-                # The descriptor goes with a message of one byte (clamd(8)).
-                socket.send_fds(self._socket, [b"\0"], [file.fd])
+                # Opened anew: clamd moves the position, which a descriptor shares with its copies.
+                fd = os.open(f"/proc/self/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    # The descriptor goes with a message of one byte (clamd(8)).
+                    socket.send_fds(self._socket, [b"\0"], [fd])
+                finally:
+                    os.close(fd)
             else:
                 self._stream(file, deadline)
             return decode_reply(self._line(deadline), self.number)
@@ -151,6 +161,18 @@ class _Session:
             raise _Late from None
         except (OSError, ValueError) as error:
             raise _Broken(str(error) or "it closed the connection") from error
+
+    def ping(self, deadline: float) -> None:
+        """Have clamd say that it works.  Raises `_Broken` or `_Late`."""
+        self.number += 1
+        try:
+            self._socket.sendall(b"zPING\0")
+            if self._line(deadline) != b"%d: PONG" % self.number:
+                raise _Broken("it does not answer PING")
+        except TimeoutError:
+            raise _Late from None
+        except (OSError, ValueError) as error:
+            raise _Broken(str(error)) from error
 
     def close(self) -> None:
         self._socket.close()
@@ -164,18 +186,22 @@ class _Session:
     def _stream(self, file: Spooled, deadline: float) -> None:
         self._socket.sendall(b"zINSTREAM\0")
         offset = 0
+        # Above StreamMaxLength it answers while we still send, and hangs up.
+        answered = select.poll()
+        answered.register(self._socket, select.POLLIN)
         try:
             while offset < file.size:
                 chunk = os.pread(file.fd, min(_CHUNK, file.size - offset), offset)
                 if not chunk:
                     raise ValueError("the file is shorter than it was said to be")
+                if answered.poll(0):
+                    return
                 self._limit(deadline)
                 self._socket.sendall(struct.pack("!I", len(chunk)))
                 self._socket.sendall(chunk)
                 offset += len(chunk)
             self._socket.sendall(bytes(4))
         except (BrokenPipeError, ConnectionResetError):
-            # Above StreamMaxLength it answers and hangs up while we still send: the answer counts.
             return
 
     def _line(self, deadline: float) -> bytes:
@@ -248,10 +274,9 @@ def _busy() -> Unavailable:
 class ClamAVEngine:
     """ClamAV behind a clamd.  Use `open_clamav`.
 
-    Signatures of a set are those of the daemon that judged: a set never changes under a daemon
-    that Bucketward manages.  An external clamd that reloads while it scans is reported with the
-    set before, so that the file is judged again rather than never.  An external clamd cannot be
-    ended: past the deadline its session is closed and it works on in vain, up to its MaxScanTime.
+    A report bears the signatures of the daemon that judged: they never change under a daemon that
+    Bucketward manages.  An external clamd cannot be ended: past the deadline its session is closed
+    and it works on in vain, up to its MaxScanTime; nor can it be had afresh for a file alone.
     """
 
     opens_containers = True
@@ -281,9 +306,13 @@ class ClamAVEngine:
             self._managed.clamd.on_replace(lambda number: self._in_use.get(number, 0))
 
     def ping(self) -> None:
-        """Open a session; a clamd that would hide its limits is a `ConfigError`."""
-        session = self._source.connect(time.monotonic() + 5)
-        session.close()
+        """Ask clamd; one that would hide its limits is a `ConfigError`."""
+        deadline = time.monotonic() + 5
+        with contextlib.closing(self._source.connect(deadline)) as session:
+            try:
+                session.ping(deadline)
+            except (_Broken, _Late) as error:
+                raise Unavailable(f"clamd does not answer: {error}", backend="clamav") from error
         self._source.signatures()
 
     def close(self) -> None:
@@ -310,29 +339,36 @@ class ClamAVEngine:
         if alone:
             return self._scan_alone(file, started, deadline)
         suspected = False
+        deaths = 0
         for _ in range(_PATIENCE):
             with self._gate.enter(deadline, alone=suspected):
                 session = self._session(deadline)
+                signatures = self._judged_by(session)
                 try:
                     reply = session.scan(file, deadline)
                 except _Late:
-                    return self._late(session, started)
+                    return self._late(session, signatures, started)
                 except _Broken as error:
                     self._drop(session)
                     problem = error
-                    if session.daemon is None and session.number == 1:
-                        break
-                    if session.daemon is not None and isinstance(error.__cause__, ValueError):
+                    if self._managed is None or session.daemon is None:
+                        if session.number == 1:
+                            break
+                        # It was idle for too long, or clamd was started anew.
+                        continue
+                    if isinstance(error.__cause__, ValueError):
                         # Whatever it is that answers there, it is not to be asked again.
                         self._recycle(session.daemon)
-                    # The daemon was ended for another file's sake, or it died: of one of the
-                    # files it had.  Each of those goes again by itself, so that one dies alone.
-                    suspected = (
-                        session.daemon is not None
-                        and session.daemon.number not in self._ended_by_us
-                    )
+                        break
+                    if self._managed.lost(session.daemon) and not self._ended_here(session.daemon):
+                        # It died: of one of the files that it had.  Each of them goes again by
+                        # itself, so that one dies alone.  Once it may have been another process's.
+                        deaths += suspected
+                        suspected = True
+                        if deaths == 2:
+                            break
                     continue
-                signatures = self._keep(session)
+                self._keep(session)
             return self._report(file, reply, signatures, started, deadline)
         raise Unavailable(f"clamd gave no verdict: {problem}", backend="clamav")
 
@@ -348,11 +384,11 @@ class ClamAVEngine:
             while self._idle:
                 self._idle.pop().close()
             session = self._session(deadline)
-            signatures = session.daemon.signatures if session.daemon else self._source.signatures()
+            signatures = self._judged_by(session)
             try:
                 reply = session.scan(file, deadline)
             except _Late:
-                return self._late(session, started)
+                return self._late(session, signatures, started)
             except _Broken as error:
                 self._drop(session)
                 return EngineReport(
@@ -386,10 +422,13 @@ class ClamAVEngine:
                 self._in_use[number] = self._in_use.get(number, 0) + 1
         return session
 
-    def _keep(self, session: _Session) -> Signatures:
+    def _judged_by(self, session: _Session) -> Signatures:
+        """Return what a scan that begins now is judged by, or by something newer."""
+        return session.daemon.signatures if session.daemon else self._source.signatures()
+
+    def _keep(self, session: _Session) -> None:
         self._done_with(session)
         self._idle.append(session)
-        return session.daemon.signatures if session.daemon else self._source.signatures()
 
     def _drop(self, session: _Session) -> None:
         self._done_with(session)
@@ -406,6 +445,9 @@ class ClamAVEngine:
             else:
                 del self._in_use[number]
 
+    def _ended_here(self, daemon: Daemon) -> bool:
+        return daemon.number in self._ended_by_us
+
     def _recycle(self, daemon: Daemon) -> None:
         assert self._managed is not None
         if len(self._ended_by_us) > 1000:
@@ -413,12 +455,11 @@ class ClamAVEngine:
         self._ended_by_us.add(daemon.number)
         self._managed.clamd.recycle(daemon)
 
-    def _late(self, session: _Session, started: float) -> EngineReport:
+    def _late(self, session: _Session, signatures: Signatures, started: float) -> EngineReport:
         self._drop(session)
         if session.daemon is not None:
             log.warning("clamav: a file took too long; clamd is started anew")
             self._recycle(session.daemon)
-        signatures = session.daemon.signatures if session.daemon else self._source.signatures()
         return self._unscannable(started, signatures, Reason.TIMED_OUT, "clamd took too long")
 
     def _report(
@@ -492,11 +533,21 @@ class _Managed:
 
     def __init__(self, clamd: Clamd) -> None:
         self.clamd = clamd
+        self._lost: deque[str] = deque(maxlen=20)
+
+    def lost(self, daemon: Daemon) -> bool:
+        """Tell whether `daemon` is gone; then nobody gets a session to it any more."""
+        if self.clamd.has_ended(daemon):
+            self._lost.append(daemon.number)
+            return True
+        return False
 
     def connect(self, deadline: float) -> _Session:
         while True:
             daemon = self.clamd.wait(deadline)
             try:
+                if daemon.number in self._lost:
+                    raise ConnectionRefusedError("it has just ended")
                 left = max(0.01, deadline - time.monotonic())
                 return _Session(self.clamd.connect(daemon, left), daemon)
             except OSError as error:
@@ -508,10 +559,10 @@ class _Managed:
                 time.sleep(0.02)
 
     def is_fresh(self, session: _Session) -> bool:
+        assert session.daemon is not None
+        number = session.daemon.number
         try:
-            return (
-                session.daemon is not None and self.clamd.current().number == session.daemon.number
-            )
+            return number not in self._lost and number == self.clamd.current().number
         except Unavailable:
             return False
 
@@ -531,6 +582,7 @@ class _External:
         self._checking = threading.Lock()
         self._checked_at = -1e9
         self._signatures: Signatures | None = None
+        self._next: tuple[Signatures, float] | None = None
         self._is_proven = False
 
     def connect(self, deadline: float) -> _Session:
@@ -546,11 +598,26 @@ class _External:
         return True
 
     def signatures(self) -> Signatures:
-        """Ask clamd's VERSION at most once in a second."""
+        """Ask clamd's VERSION at most once in five seconds.
+
+        It names the database files that lie there (clamd reads their headers for every VERSION),
+        which clamd may load ten minutes later.  So a new version is believed when it is old
+        enough: what was judged in between is judged again rather than never.
+        """
+        now = time.monotonic()
+        if self._signatures is not None and now - self._checked_at < 5:
+            return self._signatures
         with self._checking:
-            if self._signatures is None or time.monotonic() - self._checked_at > 1:
-                self._signatures = self._ask()
-                self._checked_at = time.monotonic()
+            if self._signatures is not None and now - self._checked_at < 5:
+                return self._signatures
+            asked = self._ask()
+            if self._signatures is None or asked == self._signatures:
+                self._signatures, self._next = asked, None
+            elif self._next is None or self._next[0] != asked:
+                self._next = asked, now
+            elif now - self._next[1] > _SETTLED:
+                self._signatures, self._next = asked, None
+            self._checked_at = now
             return self._signatures
 
     def close(self) -> None:
@@ -585,14 +652,16 @@ class _External:
     def _prove(self, deadline: float) -> None:
         """Refuse a clamd that would say OK where it stopped looking.
 
-        A zip nested deeper than any MaxRecursion tells: only AlertExceedsMax makes it speak.
+        A zip nested deeper than any MaxRecursion allows, and one with a password: only
+        AlertExceedsMax and AlertEncrypted make it speak of them.
         """
         try:
-            with (
-                _bytes_as_file(_nested(120)) as bait,
-                contextlib.closing(_Session(self._open(deadline), None)) as session,
-            ):
-                reply = session.scan(bait, min(deadline, time.monotonic() + 30))
+            with contextlib.closing(_Session(self._open(deadline), None)) as session:
+                for body in (_nested(120), _locked()):
+                    with _bytes_as_file(body) as bait:
+                        reply = session.scan(bait, min(deadline, time.monotonic() + 30))
+                    if reply.kind != "found":
+                        break
         except OSError as error:
             raise self._unreachable(error) from error
         except (_Broken, _Late) as error:
@@ -635,6 +704,14 @@ _RAR_BAIT = bytes.fromhex(
 """A RAR 4 archive with one encrypted member of no use (technote.txt of WinRAR 4)."""
 
 
+def _locked() -> bytes:
+    """Return a zip archive that says its member needs a password."""
+    body = bytearray(_nested(1))
+    for mark, place in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        body[body.index(mark) + place] |= 1
+    return bytes(body)
+
+
 def _nested(levels: int) -> bytes:
     """Return zip archives in one another, stored."""
     import io
@@ -674,7 +751,8 @@ def open_clamav(
 ) -> ClamAVEngine:
     """Open ``clamav:managed``, ``clamav:///run/clamav/clamd.ctl`` or ``clamav://host:3310``.
 
-    The managed clamd lives in ``data_dir/clamd`` and loads the signature files of
+    The managed clamd lives in ``data_dir/clamd``, where all processes with that directory share
+    it; the settings of the one that started it count.  It loads the signature files of
     `signatures_dir`, by default Bucketward's demonstration signatures, following changes within
     twice `poll` seconds.  `classify` is consulted before `CLASSIFICATION`.  `limits`, `options`
     (further lines of clamd.conf), `user` and `poll` are for the managed clamd only.

@@ -22,7 +22,7 @@ from bucketward.engines.workers import Died, Late, Workers
 from bucketward.errors import Unavailable
 from bucketward.model import Reason, Spooled
 
-EXAMINER_VERSION = 1
+EXAMINER_VERSION = 2
 """To be raised with every change here that can change a verdict."""
 
 HEAD = 1024
@@ -33,8 +33,9 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PK\x05\x06", "zip"),
     (0, b"PK\x07\x08", "zip"),
     (0, b"PK00PK\x03\x04", "zip"),
-    (0, b"\x1f\x8b", "gzip"),
-    (0, b"BZh", "bzip2"),
+    (0, b"\x1f\x8b\x08", "gzip"),
+    *((0, b"BZh%d1AY&SY" % level, "bzip2") for level in range(1, 10)),
+    *((0, b"BZh%d\x17\x72\x45\x38\x50\x90" % level, "bzip2") for level in range(1, 10)),
     (0, b"\xfd7zXZ\x00", "xz"),
     (0, b"7z\xbc\xaf\x27\x1c", "7z"),
     (0, b"Rar!\x1a\x07", "rar"),
@@ -60,7 +61,8 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
     (0, b"\x28\xb5\x2f\xfd", "zstd"),
     (0, b"\x04\x22\x4d\x18", "lz4"),
     (0, b"\x02\x21\x4c\x18", "lz4"),
-    (0, b"LZIP", "lzip"),
+    (0, b"LZIP\x00", "lzip"),
+    (0, b"LZIP\x01", "lzip"),
     (0, b"\x89LZO\x00\r\n\x1a\n", "lzop"),
     (0, b"LRZI", "lrzip"),
     (0, b"7kSt", "zpaq"),
@@ -91,26 +93,12 @@ _MAIL = re.compile(
     re.IGNORECASE,
 )
 
+_PDF = re.compile(rb"[\x00-\x20\xef\xbb\xbf]{0,64}%PDF-\d")
+
 UNOPENED_BY_CLAMAV = frozenset(
     {
-        "ar",
-        "rpm",
-        "ace",
-        "zoo",
-        "zstd",
-        "lz4",
-        "lzip",
-        "lzop",
-        "lrzip",
-        "zpaq",
-        "compress",
-        "lzma",
-        "squashfs",
-        "wim",
-        "vmdk",
-        "qcow",
-        "vhdx",
-        "vhd",
+        *("ar", "rpm", "ace", "zoo", "zstd", "lz4", "lzip", "lzop", "lrzip", "zpaq"),
+        *("compress", "lzma", "squashfs", "wim", "vmdk", "qcow", "vhdx", "vhd"),
     }
 )
 """Containers that ClamAV 1.4 does not look into; it says OK of what is inside."""
@@ -118,7 +106,11 @@ UNOPENED_BY_CLAMAV = frozenset(
 # A worker cannot load a codec once it has given up its rights.
 "".encode("utf-16-le")
 
-EXAMINED = frozenset({"zip", "gzip", "bzip2", "xz", "7z", "rar", "cab", "ole2", "tar", "pdf"})
+EXAMINED = frozenset(
+    {
+        *("zip", "gzip", "bzip2", "xz", "7z", "rar", "cab", "ole2", "tar", "pdf"),
+    }
+)
 
 
 class Problem(Exception):  # noqa: N818 - a finding about the file, not a failure of ours
@@ -130,16 +122,32 @@ class Problem(Exception):  # noqa: N818 - a finding about the file, not a failur
         self.message = message
 
 
+_FIRST: dict[int, list[tuple[bytes, str]]] = {}
+for _, _magic, _name in (entry for entry in _MAGIC if not entry[0]):
+    _FIRST.setdefault(_magic[0], []).append((_magic, _name))
+_LATER = tuple(entry for entry in _MAGIC if entry[0])
+
+
 def kind(head: bytes) -> str:
     """Return what container begins with `head`, "" if it is none that we know."""
-    for offset, magic, name in _MAGIC:
-        if head.startswith(magic, offset):
-            if name == "lzma" and not _is_lzma(head):
-                continue
+    return _by_magic(head) or ("mail" if _MAIL.match(head) else "")
+
+
+def _by_magic(head: bytes) -> str:
+    if not head:
+        return ""
+    for magic, name in _FIRST.get(head[0], ()):
+        if head.startswith(magic) and (name != "lzma" or _is_lzma(head)):
             return name
-    if b"%PDF-" in head:
+    for offset, magic, name in _LATER:
+        if head.startswith(magic, offset):
+            return name
+    if _PDF.match(head):
         return "pdf"
-    return "mail" if _MAIL.match(head) else ""
+    if b"%PDF-" in head and b" obj" in head:
+        # Readers look for the mark in the first 1,024 bytes; so do texts about PDF.
+        return "pdf-inside"
+    return ""
 
 
 def kind_of(fd: int, size: int) -> str:
@@ -168,7 +176,7 @@ class Examiner:
         self, file: Spooled, deadline: float, *, opens_rar: Callable[[], bool] = lambda: False
     ) -> tuple[tuple[str, ...], str]:
         """Return why `file`, of which ClamAV said OK, is not Clean all the same, and in words."""
-        name = kind(os.pread(file.fd, HEAD, 0))
+        name = _by_magic(os.pread(file.fd, HEAD, 0))
         if name in UNOPENED_BY_CLAMAV:
             return (Reason.CONTAINER_UNOPENED,), f"ClamAV does not look into {name} here"
         if name not in EXAMINED:
@@ -231,6 +239,7 @@ def _gzip(data: mmap.mmap) -> None:
     while at < len(data):
         if at and data[at : at + 2] != b"\x1f\x8b":
             # Padding and what else stands behind the last member are no part of it (gzip(1)).
+            _no_zip_behind(data, at)
             return
         at = _inflate(data, at, len(data), 31)[0]
 
@@ -327,9 +336,19 @@ def _zip(data: mmap.mmap) -> None:
         if (size, found) != (plain, crc):
             raise _corrupt("a member of the zip archive does not have its checksum")
     bounds.sort()
-    for (_, end), (start, _) in pairwise(bounds):
+    for (_, end), (start, _) in pairwise([(0, 0), *bounds]):
         if start < end:
             raise Problem(Reason.ARCHIVE_LIMIT, "members of the zip archive overlap")
+        # Who reads it as a stream unpacks this; ClamAV goes by the directory alone, and of two
+        # archives in one file it looks into neither.
+        if data.find(b"PK\x03\x04", end, start) >= 0:
+            raise _unopened("the zip archive has a member that its directory does not name")
+
+
+def _no_zip_behind(data: mmap.mmap, at: int) -> None:
+    """Refuse a zip archive behind the end of another: unzip(1) opens that, ClamAV does not."""
+    if data.rfind(b"PK\x05\x06", max(at, len(data) - 65_557)) >= 0:
+        raise _unopened("a zip archive stands behind the end of this one")
 
 
 def _crc(data: mmap.mmap, start: int, end: int) -> int:
@@ -364,9 +383,12 @@ def _zip_directory(data: mmap.mmap) -> Iterator[tuple[int, int, int, int, int, i
     if moved < 0:
         raise _corrupt("the zip archive is cut short")
     at = stop - size
-    for _ in range(count):
+    found = 0
+    # As far as it goes, not as many as it says: a count of more than 65,535 may be cut (zip64).
+    while at < stop and data[at : at + 4] != b"PK\x05\x05":
         if data[at : at + 4] != b"PK\x01\x02" or at + 46 > stop:
             raise _corrupt("the directory of the zip archive is damaged")
+        found += 1
         flags, method = struct.unpack_from("<HH", data, at + 8)
         crc, packed, plain = struct.unpack_from("<III", data, at + 16)
         names, extra, comment = struct.unpack_from("<HHH", data, at + 28)
@@ -377,6 +399,8 @@ def _zip_directory(data: mmap.mmap) -> Iterator[tuple[int, int, int, int, int, i
             )
         yield flags, method, crc, packed, plain, where + moved
         at += 46 + names + extra + comment
+    if found % 65_536 != count % 65_536:
+        raise _corrupt("the directory of the zip archive has not as many members as it says")
 
 
 def _zip64(extra: bytes, packed: int, plain: int, where: int) -> tuple[int, int, int]:
@@ -443,22 +467,22 @@ def _7z_unpack(data: mmap.mmap, header: bytes) -> bytes:
         raise Problem(Reason.ARCHIVE_LIMIT, "the directory of the 7z archive is too large")
     if code == b"\x00":
         return packed
-    if code != b"\x03\x01\x01" or len(coders) != 1:
+    if len(coders) != 1 or code not in (b"\x03\x01\x01", b"\x21"):
         raise _unopened("the directory of the 7z archive is packed in an unknown way")
-    first, dictionary = properties[0], struct.unpack("<I", properties[1:5])[0]
-    unpacker = lzma.LZMADecompressor(
-        lzma.FORMAT_RAW,
-        filters=[
-            {
-                "id": lzma.FILTER_LZMA1,
-                "dict_size": min(max(dictionary, 4096), 256 << 20),
-                "lc": first % 9,
-                "lp": first // 9 % 5,
-                "pb": first // 45,
-            }
-        ],
-    )
-    return unpacker.decompress(packed, plain)
+    packing: dict[str, int]
+    if code == b"\x21":
+        # As large as the directory is enough; what is asked for may be 4 GiB.
+        packing = {"id": lzma.FILTER_LZMA2, "dict_size": max(plain, 4096)}
+    else:
+        first, dictionary = properties[0], struct.unpack("<I", properties[1:5])[0]
+        packing = {
+            "id": lzma.FILTER_LZMA1,
+            "dict_size": min(max(dictionary, 4096), max(plain, 4096)),
+            "lc": first % 9,
+            "lp": first // 9 % 5,
+            "pb": first // 45,
+        }
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[packing]).decompress(packed, plain)
 
 
 class _Reader:
@@ -636,12 +660,15 @@ def _tar(data: mmap.mmap) -> None:
     while at < len(data):
         head = data[at : at + 512]
         if not any(head):
+            _no_zip_behind(data, at)
             return
         if len(head) < 512:
             raise _corrupt("the tar archive is cut short")
         stored = int(head[148:156].strip(b" \x00") or b"0", 8)
         summed = sum(head[:148]) + 8 * 32 + sum(head[156:])
-        if stored != summed:
+        # Some old programs took the bytes for signed numbers.
+        high = sum(byte > 127 for byte in head[:148] + head[156:])
+        if stored not in (summed, summed - 256 * high):
             raise _corrupt("the tar archive is damaged")
         field = head[124:136]
         if field[0] & 0x80:
@@ -677,7 +704,11 @@ def _pdf(data: mmap.mmap) -> None:
                 raise Problem(Reason.ENCRYPTED, "the PDF document is encrypted")
 
 
-_ENCRYPTED_STREAMS = frozenset({"EncryptedPackage", "EncryptedSummary", "DRMContent"})
+_ENCRYPTED_STREAMS = frozenset(
+    {
+        *("EncryptedPackage", "EncryptedSummary", "DRMContent"),
+    }
+)
 
 
 def _ole2(data: mmap.mmap) -> None:

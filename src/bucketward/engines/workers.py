@@ -38,8 +38,8 @@ class Died(Exception):  # noqa: N818
 class Workers:
     """At most `count` processes of one kind, started when they are first needed.
 
-    `kind` is ``containers`` or ``yara``.  `load` is called for every new worker and returns the request
-    and descriptor that prepare it, if it needs any.  `memory` bounds its address space.
+    `kind` is ``containers`` or ``yara``.  `load` is called for every new worker and returns the
+    request and descriptor that prepare it, if it needs any.  `memory` bounds its address space.
     """
 
     def __init__(
@@ -139,7 +139,14 @@ class _Worker:
         with theirs:
             self._process = subprocess.Popen(
                 [
-                    *(sys.executable, "-I", "-c", _BOOT, json.dumps(sys.path), kind),
+                    *(
+                        sys.executable,
+                        "-I",
+                        "-c",
+                        _BOOT,
+                        json.dumps([path for path in sys.path if path]),
+                        kind,
+                    ),
                     *(str(theirs.fileno()), *map(str, owner), str(memory)),
                 ],
                 pass_fds=[theirs.fileno()],

@@ -22,7 +22,8 @@ log = logging.getLogger(__name__)
 
 PERMISSIONS: Mapping[str, str] = {}
 
-MAX_SIZE = 2 << 30
+MAX_SIZE = (2 << 30) - 4096
+"""What one read(2) returns at most, which is what a worker makes."""
 
 _RULES_LIMIT = 256 << 20
 _COMPILE_SECONDS = 120

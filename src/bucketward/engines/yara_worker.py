@@ -61,13 +61,10 @@ class Scanner:
             except yara_x.ScanError:
                 # A spool file that only its owner may open; its descriptor can be read anyway.
                 pass
-        data = bytearray()
-        while len(data) < size:
-            part = os.pread(fd, min(1 << 26, size - len(data)), len(data))
-            if not part:
-                raise EOFError("the file is shorter than it was said to be")
-            data += part
-        return self._scanner.scan(bytes(data))
+        data = os.pread(fd, size, 0)
+        if len(data) < size:
+            raise EOFError("the file is shorter than it was said to be")
+        return self._scanner.scan(data)
 
 
 def _compile(fd: int) -> dict[str, Any]:

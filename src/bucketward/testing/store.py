@@ -213,11 +213,13 @@ class StoreSuite:
 
     `store` and `other_store` are two buckets of the same kind, empty at first; they may live as
     long as the class, for every test keeps to keys of its own.  `refused_keys` names those of
-    `NASTY_KEYS` that the store answers with `Unsupported`.
+    `NASTY_KEYS` that the store answers with `Unsupported`, and without `has_metadata` the store
+    answers so to metadata and headers.
     """
 
     objects_past_one_page: ClassVar[int] = 1_005
     refused_keys: ClassVar[frozenset[str]] = frozenset()
+    has_metadata: ClassVar[bool] = True
 
     @pytest.fixture
     def store(self) -> Any:
@@ -245,6 +247,11 @@ class StoreSuite:
     def unique(self) -> str:
         """Return the beginning of the keys of this test alone."""
         return uuid4().hex
+
+    @pytest.fixture
+    def metadata(self) -> Mapping[str, str]:
+        """Return some metadata, or none where the store keeps none."""
+        return {"m": "1"} if self.has_metadata else {}
 
     # What it is
 
@@ -392,7 +399,10 @@ class StoreSuite:
             put(store, f"{unique}/{n}/new", b"")
         found, cursor = list(first.items), first.cursor
         while cursor:
-            page = self.reopen(store).list(unique, cursor=cursor)
+            again = self.reopen(store)
+            page = again.list(unique, cursor=cursor)
+            if again is not store:
+                again.close()
             found, cursor = [*found, *page.items], page.cursor
 
         names = [info.key for info in found]
@@ -478,11 +488,11 @@ class StoreSuite:
         assert info.size == len(data)
 
     def test_a_large_object_goes_and_comes_whole(
-        self, store: Store, other_store: Store, unique: str
+        self, store: Store, other_store: Store, unique: str, metadata: Mapping[str, str]
     ) -> None:
         data = b"".join(n.to_bytes(4, "big") * 256 for n in range(LARGE // 1024))
 
-        pin = put(store, unique, data, tags=_tags(store, {"a": "1"}), metadata={"m": "1"})
+        pin = put(store, unique, data, tags=_tags(store, {"a": "1"}), metadata=metadata)
 
         info, body = fetch(store, pin)
         assert info.identity == pin.identity
@@ -492,7 +502,7 @@ class StoreSuite:
         copied = other_store.copy_from(store, pin, unique)
         assert fetch(other_store, copied)[1] == data
         assert other_store.tags(copied) == store.tags(pin) == _tags(store, {"a": "1"})
-        assert other_store.stat(copied.ref).metadata == {"m": "1"}
+        assert other_store.stat(copied.ref).metadata == metadata
 
     @pytest.mark.parametrize("error", [ValueError("mine"), Changed("mine"), OSError("mine")])
     def test_what_accept_raises_is_what_read_raises(
@@ -580,6 +590,12 @@ class StoreSuite:
             "content-disposition": 'attachment; filename="a b.txt"',
             "cache-control": "no-store",
         }
+        if not self.has_metadata:
+            for options in ({"metadata": {"a": "1"}}, {"headers": headers}):
+                with pytest.raises(Unsupported):
+                    put(store, unique, b"x", **options)
+            assert listing(store, unique) == []
+            return
         pin = put(store, unique, b"x", metadata={"a": "1 +%2F", "b-c": "2"}, headers=headers)
 
         for info in (store.stat(pin.ref), fetch(store, pin)[0]):
@@ -592,8 +608,10 @@ class StoreSuite:
             assert copied.metadata == metadata
             assert copied.headers.items() >= headers.items()
 
-    def test_put_replaces_the_object_with_all_that_is_its(self, store: Store, unique: str) -> None:
-        put(store, unique, b"old", tags=_tags(store, {"a": "1"}), metadata={"m": "1"})
+    def test_put_replaces_the_object_with_all_that_is_its(
+        self, store: Store, unique: str, metadata: Mapping[str, str]
+    ) -> None:
+        put(store, unique, b"old", tags=_tags(store, {"a": "1"}), metadata=metadata)
 
         pin = put(store, unique, b"new!")
 
@@ -601,6 +619,10 @@ class StoreSuite:
         assert store.stat(ObjectRef(store.bucket, unique)).metadata == {}
         assert store.tags(pin) == {}
         assert [i.identity for i in listing(store, unique)] == [pin.identity]
+        if not store.has_versions:
+            assert [i.identity for i in listing(store, unique, versions=True)] == [pin.identity]
+            store.delete(pin)
+            assert listing(store, unique, versions=True) == []
 
     def test_put_if_absent_takes_only_a_free_key(self, store: Store, unique: str) -> None:
         pin = put(store, unique, b"first", if_absent=True)
@@ -731,9 +753,9 @@ class StoreSuite:
         assert store.tags(pin) == TAG_VALUES
 
     def test_a_copy_replaces_what_was_there(
-        self, store: Store, other_store: Store, unique: str
+        self, store: Store, other_store: Store, unique: str, metadata: Mapping[str, str]
     ) -> None:
-        put(other_store, unique, b"was there", tags=_tags(store, {"a": "1"}), metadata={"m": "1"})
+        put(other_store, unique, b"was there", tags=_tags(store, {"a": "1"}), metadata=metadata)
         pin = put(store, unique, b"source")
 
         copied = other_store.copy_from(store, pin, unique)

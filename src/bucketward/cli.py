@@ -124,13 +124,16 @@ def version() -> None:
 
 @bucket_app.command("protect")
 def bucket_protect(
-    url: Annotated[str, typer.Argument(help="s3://bucket?region=..., file:///directory")],
+    url: Annotated[
+        str,
+        typer.Argument(help="s3://bucket?region=..., file:///directory, or a directory's path."),
+    ],
     account: Annotated[str, typer.Option(help="Name of the account, from the configuration.")] = "",
     config: ConfigOption = None,
 ) -> None:
     """Protect a bucket: its new objects announce themselves, and are scanned."""
     with _house(config) as house:
-        protected, is_new = house.protect(url, account=account)
+        protected, is_new = house.protect(_bucket_url(url), account=account)
         state = "is protected now" if is_new else "was protected already"
         print(f"{protected.bucket} {state}, route {protected.route or 'by hand'}")
 
@@ -141,7 +144,7 @@ def bucket_unprotect(
 ) -> None:
     """Stop protecting a bucket; its results stay."""
     with _house(config) as house:
-        house.unprotect(url)
+        house.unprotect(_bucket_url(url))
         print(f"{url} is not protected any more")
 
 
@@ -160,6 +163,13 @@ def bucket_list(config: ConfigOption = None) -> None:
                     }
                 )
             )
+
+
+def _bucket_url(given: str) -> str:
+    """Return the URL of a bucket; a directory that is there may be given as a path."""
+    if "://" not in given and Path(given).is_dir():
+        return Path(os.path.normpath(Path(given).absolute())).as_uri()
+    return given
 
 
 @contextmanager
@@ -183,12 +193,13 @@ def _house(path: Path | None) -> Iterator[House]:
 def main() -> None:
     """Run the command line; every expected failure is one clear message and an exit code."""
     code = _main()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = _SIGNALLED + signal.SIGPIPE
+    if code < _SIGNALLED:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            code = _SIGNALLED + signal.SIGPIPE
     if code > _SIGNALLED:
-        # At once: a thread of ours may hang in a read, and nobody is there to read what is left.
+        # At once: a thread may hang in a read, and whoever reads what is left may not read on.
         os._exit(code)
     sys.exit(code)
 

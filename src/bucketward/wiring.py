@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import logging
 import os
@@ -15,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 from bucketward.agents.event import EventAgent
 from bucketward.agents.keeper import Keeper, sweep
@@ -326,7 +327,7 @@ class House:
         default = self.config.quarantine
         if default and urlsplit(default).scheme == urlsplit(protected.url).scheme:
             if default.startswith("file://"):
-                folder = Path(unquote(urlsplit(default).path))
+                folder = folder_of(default)
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self.store(_beside(protected.url, default), protected.account)
         with self._lock:
@@ -375,7 +376,7 @@ class House:
         The bucket is opened and tried first.  `ConfigError` where objects would go in circles.
         """
         if url.startswith("file://"):
-            Path(unquote(urlsplit(url).path)).mkdir(parents=True, exist_ok=True)
+            folder_of(url).mkdir(parents=True, exist_ok=True)
         store = self.store(url, account)
         store.ping()
         known = self.ledger.protected()
@@ -475,21 +476,26 @@ class House:
                 config.receiver.port,
                 secret=config.receiver.secret.get_secret_value(),
             )
-        if "watch" in names and config.watch.enabled and (watched := self._watched()):
-            from bucketward.agents.watch import Watch
-            from bucketward.stores.file import key_of
+        if "watch" in names and config.watch.enabled:
+            yield _Watches(self._watched, self._watch)
 
-            yield Watch(
-                watched,
-                lambda refs: self.queue.send([encode([ref]) for ref in refs]),
-                key_of=lambda _, path: key_of(path.split(b"/")),
-                resync=self._resync,
-                settle=config.watch.settle_seconds,
-            )
+    def _watch(self, bucket: str, folder: Path) -> Part:
+        from bucketward.agents.watch import Watch
+        from bucketward.stores.file import key_of
+
+        # Before its first event: one of a bucket that is not known to be protected is refused.
+        self.settings.refresh()
+        return Watch(
+            {bucket: folder},
+            lambda refs: self.queue.send([encode([ref]) for ref in refs]),
+            key_of=lambda _, path: key_of(path.split(b"/")),
+            resync=self._resync,
+            settle=self.config.watch.settle_seconds,
+        )
 
     def _watched(self) -> Mapping[str, Path]:
         return {
-            protected.bucket: Path(os.fsdecode(unquote(urlsplit(protected.url).path)))
+            protected.bucket: folder_of(protected.url)
             for protected in self.ledger.protected().values()
             if protected.url.startswith("file://")
         }
@@ -533,8 +539,6 @@ class House:
     def welcome(self, names: Collection[str]) -> Iterator[str]:
         """Yield what somebody who has just started us wants to know."""
         if "watch" in names:
-            for folder in self._watched().values():
-                yield f"drop a file into {folder} and its verdict appears here"
             yield f"infected files go to {self.config.quarantine.removeprefix('file://')}"
         if "receiver" in names and self.config.receiver.enabled:
             receiver = self.config.receiver
@@ -559,6 +563,8 @@ class House:
         yield from self._try(
             "spool", lambda: self.spool.reserve(self.spool.in_memory_below).close()
         )
+        if self.config.receiver.enabled:
+            yield from self._try("receiver", self._try_receiver)
         try:
             buckets = self.ledger.protected()
         except Error:
@@ -574,6 +580,14 @@ class House:
             yield name, str(error)
         else:
             yield f"{name} ({said})" if said else name, ""
+
+    def _try_receiver(self) -> str:
+        if is_up(self.config.data):
+            return "bucketward up runs"
+        (receiver,) = self.parts({"receiver"}, on_result=lambda _: None)
+        receiver.start()
+        receiver.stop()
+        return f"port {self.config.receiver.port} is free"
 
     def _ping_notifier(self, name: str) -> None:
         self.notifiers[name].ping()
@@ -622,11 +636,14 @@ class House:
         return ", ".join(notes) + f", quarantine {target.bucket}"
 
     def _make_folder(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme == "sqlite":
+        if urlsplit(url).scheme == "sqlite":
             with suppress(OSError):  # opening it says what is wrong
-                Path(unquote(parts.path)).parent.mkdir(parents=True, exist_ok=True)
+                folder_of(url).parent.mkdir(parents=True, exist_ok=True)
 
+
+_FOLLOW_SECONDS = 2.0
+UP_LOCK = "up.lock"
+"""Held by `bucketward up`, in the data folder."""
 
 DEMO_WARNING = (
     "ONLY BUCKETWARD'S DEMONSTRATION SIGNATURES ARE LOADED: nothing but the EICAR test file is "
@@ -642,6 +659,67 @@ class Part(Protocol):
 
     def stop(self) -> None:
         """Stop in good order and return."""
+
+
+class _Watches:
+    """One watch for each protected directory, in step with what is protected."""
+
+    def __init__(
+        self, wanted: Callable[[], Mapping[str, Path]], make: Callable[[str, Path], Part]
+    ) -> None:
+        self._wanted = wanted
+        self._make = make
+        self._running: dict[str, Part] = {}
+        self._problem = ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="watches")
+
+    def start(self) -> None:
+        """Watch what is protected now, and from now on; `ConfigError` if that cannot be."""
+        try:
+            self._step()
+        except BaseException:
+            self._stop_all()
+            raise
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopping.set()
+        self._thread.join()
+        self._stop_all()
+
+    def _stop_all(self) -> None:
+        while self._running:
+            self._running.popitem()[1].stop()
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(_FOLLOW_SECONDS):
+            try:
+                self._step()
+                self._problem = ""
+            except Error as error:
+                if str(error) != self._problem:
+                    self._problem = str(error)
+                    log.error("%s", error)
+
+    def _step(self) -> None:
+        wanted = self._wanted()
+        for bucket in self._running.keys() - wanted.keys():
+            self._running.pop(bucket).stop()
+            log.info("%s is not watched any more", bucket)
+        problem: Error | None = None
+        for bucket in wanted.keys() - self._running.keys():
+            watch = self._make(bucket, wanted[bucket])
+            try:
+                watch.start()
+            except Error as error:
+                problem = error
+                continue
+            self._running[bucket] = watch
+            log.info("drop a file into %s and its verdict appears here", wanted[bucket])
+        if problem is not None:
+            raise problem
 
 
 def detect_type(file: Spooled) -> str:
@@ -660,6 +738,23 @@ def _beside(url: str, other: str) -> str:
     if "?" in other or parts.scheme != urlsplit(other).scheme or not parts.query:
         return other
     return f"{other}?{parts.query}"
+
+
+def is_up(data: Path) -> bool:
+    """Return whether a `bucketward up` runs on a data folder."""
+    try:
+        with (data / UP_LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def folder_of(url: str) -> Path:
+    """Return the path in a `file` or `sqlite` URL."""
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(url).path)))
 
 
 def _plain(url: str) -> str:

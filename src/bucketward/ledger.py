@@ -64,6 +64,8 @@ _MAX_RESULT = 200 * 1024  # of 256 KiB, which a record and a message may have
 _MAX_TEXT = 2048
 _MANY, _FEW = 100, 10  # findings of one engine that are kept
 _BATCH = 100  # the most changes in one commit: the State Protocol
+_LETTER = 250 << 10  # the largest dead letter: a record's body ends at 256 KiB
+_SHOWN = 1000  # characters of a reason
 RETRY_AFTER = (3600.0, 6 * 3600.0, 24 * 3600.0)
 """When an object with verdict Error is tried again, in seconds after each failure."""
 
@@ -397,9 +399,13 @@ class Ledger:
         self.state.commit([Put("outbox", _outbox_record(replace(due, tries=due.tries + 1), later))])
 
     def bury(self, message_id: str, body: str, reason: str) -> None:
-        """Keep a dead letter for people to read and redrive."""
+        """Keep a dead letter for people to read and redrive; one too large, its beginning."""
         now = self._now().isoformat()
-        text = json.dumps({"id": message_id, "body": body, "reason": reason, "at": now})
+        letter = {"id": message_id, "body": body, "reason": reason[:_SHOWN], "at": now}
+        text = json.dumps(letter)
+        if len(text) > _LETTER:
+            # A character may become twelve.
+            text = json.dumps({**letter, "body": body[: _LETTER // 13], "is_cut": True})
         self.state.commit([Put("dead", Record(message_id, text, indexes={"day": (now[:10], now)}))])
 
     def dead(self, day: str, *, cursor: str = "") -> Page[Mapping[str, str]]:
@@ -629,6 +635,8 @@ def load_gone(text: str) -> ObjectRef | None:
     if not isinstance(fields, dict) or "gone" not in fields:
         return None
     bucket, key, version_id = fields["gone"]
+    if not isinstance(bucket, str) or not isinstance(key, str):
+        raise TypeError("bucket and key have to be texts")
     return ObjectRef(bucket, key, version_id)
 
 

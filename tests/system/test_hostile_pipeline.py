@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import io
+import json
 import os
 import socket
 import stat
@@ -15,8 +16,10 @@ import pytest
 
 import hostile
 from bucketward.engines.clamav import Limits, open_clamav
-from bucketward.errors import NotFound
+from bucketward.errors import NotFound, Unsupported
+from bucketward.ledger import QueuedResults
 from bucketward.model import ObjectRef, Verdict
+from bucketward.queues.sqlite import SqliteQueue
 from conftest import eicar
 from house_kit import put, wait_for
 from pipeline_kit import Meddler, Pipeline
@@ -37,6 +40,7 @@ def clamav(tmp_path_factory):
 def make(tmp_path, clamav, monkeypatch):
     """Return what makes a pipeline; ClamAV is its engine unless others are given."""
     monkeypatch.setattr("bucketward.agents.event._BACKOFF", 0.05)
+    monkeypatch.setattr("bucketward.agents.event._BACKOFF_MAX", 0.2)
     made = []
 
     def make(engines=None, **more):
@@ -233,7 +237,7 @@ NAMES = (
     "/etc/passwd",
     "//x//",
     "./.",
-    "..",
+    "x/..",
     ".bucketward/x",
     "a/.bucketward/x",
     "x" * 255,
@@ -248,7 +252,7 @@ NAMES = (
     "%2e%2e%2f",
     "percent%",
     "question?mark#hash",
-    "\U0010fe00..",
+    "\U0010fe00x",
     "\u2028separator",
     "e\u0301 and \u00e9",
     "file:///etc/passwd",
@@ -559,3 +563,193 @@ def test_a_file_that_never_rests_holds_nobody_up_and_is_judged_when_it_does(make
 
     assert pipeline.seen[-1].verdict is Verdict.INFECTED
     assert not (pipeline.drop / "restless").exists()
+
+
+# -- what is in a message --------------------------------------------------------------------------
+
+
+def _record(bucket="somewhere-else", key="k", **more):
+    return {
+        "eventVersion": "2.1",
+        "eventSource": "aws:s3",
+        "eventName": "ObjectCreated:Put",
+        "s3": {"bucket": {"name": bucket}, "object": {"key": key, **more}},
+    }
+
+
+def _own(bucket, *keys, **more):
+    refs = [{"bucket": bucket, "key": key, **more} for key in keys]
+    return json.dumps({"bucketward": 1, "refs": refs}, ensure_ascii=False)
+
+
+# Bodies that nobody can understand: each is buried with a word on why.
+RUBBISH = {
+    "empty": ("", "not JSON"),
+    "noise": ("\x01\x02\ufffd" * 1000, "not JSON"),
+    "nul": ("\0" * 1000, "not JSON"),
+    "as-long-as-may-be": ("\0" * (256 << 10), "not JSON"),
+    "as-long-in-emoji": ("\U0001f480" * (64 << 10), "not JSON"),
+    "deep-lists": ("[" * 200_000, "too deep"),
+    "deep-tables": ('{"Records":' * 20_000 + "1" + "}" * 20_000, "too deep"),
+    "number": ("1", "not an object"),
+    "long-number": ('{"Records": %s}' % ("9" * 100_000), "not JSON"),
+    "nan": ('{"Records": NaN}', "no list"),
+    "other": ('{"hello": "world"}', "no S3"),
+    "records-of-rubbish": (json.dumps({"Records": [1, None, "x", [], {}]}), "record 0"),
+    "key-of-nothing": (json.dumps({"Records": [_record(key="")]}), "key is missing"),
+    "key-too-long": (json.dumps({"Records": [_record(key="\U0001f480" * 257)]}), "1028 bytes"),
+    "key-half-encoded": (json.dumps({"Records": [_record(key="a%zz")]}), "percent sign"),
+    "key-not-utf8": (json.dumps({"Records": [_record(key="%ff%fe")]}), "not UTF-8"),
+    "key-lone-surrogate": (json.dumps({"Records": [_record(key="a\ud800")]}), "not UTF-8"),
+    "bucket-is-a-path": (json.dumps({"Records": [_record(bucket="../../x")]}), "no bucket name"),
+    "version-of-newlines": (json.dumps({"Records": [_record(versionId="a\nb")]}), "no version id"),
+    "sns-in-sns-in-sns": (
+        json.dumps({"Type": "Notification", "Message": json.dumps({"Type": "Notification", "Message": json.dumps({"Type": "Notification", "Message": "{}"})})}),
+        "wrapped",
+    ),
+    "sns-without-text": (json.dumps({"Type": "Notification", "Message": {"a": 1}}), "without a text"),
+    "bridge-of-another": (json.dumps({"detail-type": "Object Created", "source": "evil"}), "aws.s3"),
+    "bridge-without-detail": (json.dumps({"detail-type": "Object Created", "source": "aws.s3"}), "detail"),
+    "own-of-tomorrow": ('{"bucketward": 2, "refs": []}', "another version"),
+    "own-of-rubbish": ('{"bucketward": 1, "refs": [1, {"bucket": 1}]}', "ref 0"),
+}  # fmt: skip
+
+
+def test_rubbish_in_messages_is_buried_with_a_reason_and_the_rest_goes_on(make):
+    pipeline = make()
+    pipeline.upload("bad", eicar())
+    for body, _ in RUBBISH.values():
+        pipeline.queue.send([body])
+    pipeline.announce("bad")
+    results = pipeline.run(1)
+    letters = pipeline.dead()
+
+    assert results["bad"].verdict is Verdict.INFECTED
+    assert len(pipeline.seen) == 1
+    assert len(letters) == len(RUBBISH)
+    for body, why in RUBBISH.values():
+        (reason,) = {
+            letter["reason"] for letter in letters
+            if letter["body"] == body or (len(body) > 30_000 and body.startswith(letter["body"][:1000]) and len(letter["body"]) > 1000)
+        }  # fmt: skip
+        assert why in reason, reason
+    assert pipeline.queue.dead(10, 0) == []
+
+
+@pytest.mark.parametrize("body", ["x" * (1 << 20), "lone\ud800"])
+def test_a_message_that_no_queue_takes_is_refused_where_it_is_sent(make, body):
+    pipeline = make()
+    with pytest.raises(Unsupported):
+        pipeline.queue.send([body])
+
+    assert pipeline.queue.depth().waiting == 0
+
+
+def test_events_of_buckets_that_are_not_ours_are_refused_without_a_look(make, caplog):
+    pipeline = make()
+    outside = pipeline.folder / "outside"
+    outside.mkdir()
+    (outside / "doc").write_bytes(eicar())
+    pipeline.upload("doc", eicar() + b"mine")
+    ours = pipeline.store.bucket
+    for bucket in (f"file://{outside}", f"{ours}/../outside", f"{ours}/", "file:///", "", "s3://x"):
+        pipeline.queue.send([_own(bucket, "doc")])
+    pipeline.queue.send([json.dumps({"Records": [_record() for _ in range(800)]})])
+    pipeline.queue.send([_own(ours, "doc")])
+    results = pipeline.run(1)
+
+    assert list(results) == ["doc"]
+    assert (outside / "doc").read_bytes() == eicar()
+    assert pipeline.jailed() == [eicar() + b"mine"]
+    assert "is not a protected bucket" in caplog.text
+
+
+def test_thousands_of_objects_in_one_message_are_all_judged(make):
+    pipeline = make()
+    for n in range(1000):
+        pipeline.upload(f"{n}", eicar() if n == 500 else b"%d" % n)
+    bucket = pipeline.store.bucket
+    keys = [f"{n % 1000}" for n in range(1500)] + [f"no{n}" for n in range(300)]
+    body = _own(bucket, *keys)
+    assert len(body) < 256 << 10
+    pipeline.queue.send([body])
+    pipeline.run(1499)
+
+    assert {result.object.key for result in pipeline.seen} == {f"{n}" for n in range(1000)}
+    assert [r.object.key for r in pipeline.seen if r.verdict is Verdict.INFECTED] == ["500"]
+    day = pipeline.seen[0].scanned_at.strftime("%Y-%m-%d")
+    assert pipeline.ledger.counters(bucket, day)["Clean"] == 999
+    assert pipeline.dead() == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"uploaded_by": "\U0001f480" * 60_000},
+        {"uploaded_by": ["7aCA" * 60_000]},
+        {"sequencer": "\U0001f480" * 60_000},
+        {"size": -1},
+        {"size": 2**63},
+        {"event_at": "9999-12-31T23:59:59-14:00"},
+        {"etag": ""},
+    ],
+    ids=["uploader", "surrogates", "sequencer", "negative", "huge", "late", "no-etag"],
+)
+def test_a_claim_that_is_out_of_all_bounds_stops_nobody(make, more):
+    """Ours are the messages of our own form, but whoever may send to the queue can forge them."""
+    pipeline = make()
+    pipeline.upload("doc", eicar())
+    pipeline.upload("next", b"clean")
+    pipeline.queue.send([_own(pipeline.store.bucket, "doc", **more)])
+    pipeline.announce("next")
+    results = pipeline.run(2, seconds=15)
+
+    assert results["doc"].verdict is Verdict.INFECTED
+    assert results["next"].verdict is Verdict.CLEAN
+    assert pipeline.jailed() == [eicar()]
+
+
+def test_a_result_that_cannot_be_recorded_is_buried_and_stops_nobody(make):
+    """A path that just fits into a message; with all that was found out it is too much."""
+    pipeline = make()
+    room = (256 << 10) - len(_own(pipeline.store.bucket, "", size=5)) - 100
+    pieces = room // 12 // 250
+    folder = os.open(pipeline.drop, os.O_PATH)
+    for _ in range(pieces):
+        os.mkdir(b"\xff" * 250, dir_fd=folder)
+        below = os.open(b"\xff" * 250, os.O_PATH, dir_fd=folder)
+        os.close(folder)
+        folder = below
+    name = b"\xff" * ((room - pieces * (250 * 12 + 1)) // 12)
+    fd = os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=folder)
+    os.write(fd, b"clean")
+    os.close(fd)
+    os.close(folder)
+    pipeline.upload("next", b"clean")
+    assert pipeline.sweep() == 2
+    pipeline.run(1, seconds=15)
+
+    assert [result.object.key for result in pipeline.seen] == ["next"]
+    assert len(pipeline.dead()) == 1
+    assert pipeline.queue.dead(10, 0) == []
+
+
+def test_results_from_elsewhere_that_are_rubbish_stop_no_others(make):
+    pipeline = make()
+    pipeline.upload("doc", b"clean")
+    sent = SqliteQueue(pipeline.folder / "results.db")
+    for body in (
+        "", "[]", "1", "{}", '{"gone": 1}', '{"gone": [1, 2, 3]}', '{"object": 1}', "[" * 100_000,
+        '{"gone": [null, null, null]}',
+        '{"object": {"modified_at": 1}, "moved_to": null}',
+    ):  # fmt: skip
+        sent.send([body])
+    pipeline.announce("doc")
+    with pipeline.agent(results=QueuedResults(sent)) as agent:
+        wait_for(lambda: pipeline.seen and pipeline.is_done(agent), 20)
+    pipeline.keeper(results=sent).drain_results()
+
+    assert pipeline.verdict("doc") is Verdict.CLEAN
+    assert len(sent.dead(100, 0)) == 10
+    assert sent.depth().waiting == sent.depth().in_flight == 0
+    sent.close()

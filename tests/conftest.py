@@ -9,6 +9,9 @@ from servers.ceph import Ceph, run_ceph
 from servers.moto import Moto, run_moto
 from servers.proxy import Proxy, run_proxy
 
+for kind in ("cloud", "engine", "notifier", "queue", "state", "store"):
+    pytest.register_assert_rewrite(f"bucketward.testing.{kind}")
+
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[Moto]:

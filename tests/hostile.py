@@ -35,7 +35,7 @@ def nested(payload: bytes, levels: int) -> bytes:
     return payload
 
 
-def zip_bomb(copies: int = 40, unpacked: int = 30 << 20) -> bytes:
+def zip_bomb(copies: int = 30, unpacked: int = 20 << 20) -> bytes:
     """Return some kilobytes that unpack to `copies` times `unpacked` zero bytes, in two steps."""
     inner = zipped({"zeros": bytes(unpacked)})
     return zipped({f"{number}.zip": inner for number in range(copies)})

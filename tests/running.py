@@ -169,7 +169,10 @@ def sample_signature(folder):
     """Write the one hash signature that finds all 44 sample files, made from `clam.exe`."""
     folder.mkdir(parents=True, exist_ok=True)
     line = subprocess.run(
-        ["sigtool", "--md5", str(TESTFILES / "clam.exe")], capture_output=True, text=True, check=True
+        ["sigtool", "--md5", str(TESTFILES / "clam.exe")],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     digest, size, _ = line.strip().split(":")
     (folder / "sample.hdb").write_text(f"{digest}:{size}:Test.Sample\n")

@@ -6,7 +6,14 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from bucketward.errors import Changed, Denied, NotFound, Unavailable, Unsupported
+from bucketward.errors import (
+    Changed,
+    ConfigError,
+    Denied,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from bucketward.interfaces import Store
 from bucketward.model import ObjectInfo, ObjectRef, ScanResult, Spooled
 from bucketward.policy import Policy, decide, merge_tags, quarantine_key, strip_tags
@@ -57,7 +64,11 @@ class Actor:
             if decision.action == "move":
                 target = quarantine()
                 key = _quarantine_key(result)
-                self._move(store, scan, target, key, policy, tags)
+                try:
+                    self._move(store, scan, target, key, policy, tags)
+                except NotFound as error:
+                    store.stat(result.object.ref)  # it raises if it is the object that is gone
+                    raise Unsupported(f"the quarantine is not there: {error}") from error
                 result = replace(result, moved_to=(target.bucket, key))
             self.record(result)
             try:
@@ -66,7 +77,7 @@ class Actor:
                 pass  # somebody else was quicker; the bytes are gone from there all the same
             except Changed:
                 return Outcome(replace(result, action_state="done"), is_replaced=True)
-        except (Denied, Unsupported) as error:
+        except (Denied, Unsupported, ConfigError) as error:
             log.warning("cannot %s %r: %s", decision.action, result.object.key, error)
             note = self._tag(store, result.object, tags, policy)
             text = f"could not {decision.action} it: {error}"

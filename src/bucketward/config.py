@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import inspect
 import json
 import os
 import re
@@ -225,7 +226,11 @@ class EventTable(Table):
 
 
 class ReceiverTable(Table):
-    """The event receiver, to which stores such as Ceph and MinIO push their events by HTTP."""
+    """The event receiver, to which stores such as Ceph and MinIO push their events by HTTP.
+
+    Make Ceph's topics with `persistent=true`: of others an event that cannot be taken is lost, and
+    only a sweep finds its object.
+    """
 
     enabled: Flag = Field(default=False, description="Run it as a part of `bucketward up`.")
     host: str = Field("127.0.0.1", description="The address to listen on; `0.0.0.0` for all.")
@@ -244,7 +249,10 @@ class ReceiverTable(Table):
 
 
 class WatchTable(Table):
-    """The directory watch, which announces what is written into directory buckets."""
+    """The directory watch, which announces what is written into directory buckets.
+
+    It does not hear of what other machines write on a network file system; a sweep does.
+    """
 
     enabled: Flag = Field(
         default=True, description="Watch the protected directories of this machine."
@@ -740,7 +748,11 @@ def reference() -> str:
             title = f"`[{name}.<name>]`" if named else f"`[{name}]`"
             if len(tables) > 1:
                 title += f" of kind `{table.model_fields['kind'].default}`"
-            parts += [f"## {title}\n", f"{table.__doc__}\n", _rows(table.model_fields)]
+            parts += [
+                f"## {title}\n",
+                f"{inspect.cleandoc(table.__doc__ or '')}\n",
+                _rows(table.model_fields),
+            ]
     return "\n".join(parts)
 
 

@@ -60,7 +60,12 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "audit": ("day",),
 }
 
+_MAX_RESULT = 200 * 1024  # of 256 KiB, which a record and a message may have
+_MAX_TEXT = 2048
+_MANY, _FEW = 100, 10  # findings of one engine that are kept
 _BATCH = 100  # the most changes in one commit: the State Protocol
+_LETTER = 250 << 10  # the largest dead letter: a record's body ends at 256 KiB
+_SHOWN = 1000  # characters of a reason
 RETRY_AFTER = (3600.0, 6 * 3600.0, 24 * 3600.0)
 """When an object with verdict Error is tried again, in seconds after each failure."""
 
@@ -394,9 +399,13 @@ class Ledger:
         self.state.commit([Put("outbox", _outbox_record(replace(due, tries=due.tries + 1), later))])
 
     def bury(self, message_id: str, body: str, reason: str) -> None:
-        """Keep a dead letter for people to read and redrive."""
+        """Keep a dead letter for people to read and redrive; one too large, its beginning."""
         now = self._now().isoformat()
-        text = json.dumps({"id": message_id, "body": body, "reason": reason, "at": now})
+        letter = {"id": message_id, "body": body, "reason": reason[:_SHOWN], "at": now}
+        text = json.dumps(letter)
+        if len(text) > _LETTER:
+            # A character may become twelve.
+            text = json.dumps({**letter, "body": body[: _LETTER // 13], "is_cut": True})
         self.state.commit([Put("dead", Record(message_id, text, indexes={"day": (now[:10], now)}))])
 
     def dead(self, day: str, *, cursor: str = "") -> Page[Mapping[str, str]]:
@@ -545,7 +554,16 @@ def _load_due(body: str) -> Due:
 
 
 def dump_result(result: ScanResult) -> str:
-    """Return a result as JSON text, as the ledger and the results queue keep it."""
+    """Return a result as JSON text, as the ledger and the results queue keep it.
+
+    However much the engines had to say, it fits into a record and a message: what is too long is
+    cut, findings down to the first hundred of each engine.
+    """
+    text = _dump_result(result, _MANY)
+    return text if len(text) <= _MAX_RESULT else _dump_result(result, _FEW)
+
+
+def _dump_result(result: ScanResult, findings: int) -> str:
     info = result.object
     fields: dict[str, Any] = {
         "id": result.id,
@@ -561,7 +579,7 @@ def dump_result(result: ScanResult) -> str:
         "verdict": result.verdict,
         "scanned_at": result.scanned_at.isoformat(),
         "reasons": result.reasons,
-        "reports": [_dump_report(report) for report in result.reports],
+        "reports": [_dump_report(report, findings) for report in result.reports],
         "sha256": result.sha256,
         "seconds": round(result.seconds, 6),
         "action": result.action,
@@ -579,17 +597,20 @@ def dump_result(result: ScanResult) -> str:
         "tag_note",
     ):
         if value := getattr(result, name):
-            fields[name] = value
+            fields[name] = value[:_MAX_TEXT]
     return json.dumps(fields)
 
 
-def _dump_report(report: EngineReport) -> dict[str, Any]:
+def _dump_report(report: EngineReport, findings: int) -> dict[str, Any]:
     signatures = report.signatures
     return {
         "engine": report.engine,
         "verdict": report.verdict,
         "coverage": report.coverage,
-        "findings": [(f.engine, f.signature, f.member) for f in report.findings],
+        "findings": [
+            (f.engine, f.signature[:_MAX_TEXT], f.member[:_MAX_TEXT])
+            for f in report.findings[:findings]
+        ],
         "signatures": signatures
         and {
             "digest": signatures.digest,
@@ -599,7 +620,7 @@ def _dump_report(report: EngineReport) -> dict[str, Any]:
             "is_demo": signatures.is_demo,
         },
         "seconds": round(report.seconds, 6),
-        "message": report.message,
+        "message": report.message[:_MAX_TEXT],
     }
 
 
@@ -614,6 +635,8 @@ def load_gone(text: str) -> ObjectRef | None:
     if not isinstance(fields, dict) or "gone" not in fields:
         return None
     bucket, key, version_id = fields["gone"]
+    if not isinstance(bucket, str) or not isinstance(key, str):
+        raise TypeError("bucket and key have to be texts")
     return ObjectRef(bucket, key, version_id)
 
 

@@ -149,7 +149,7 @@ class Slot:
         if self._kind == "memory":
             fcntl.fcntl(writable, fcntl.F_ADD_SEALS, _SEALS)
         else:
-            os.fchmod(writable, 0o400)
+            os.fchmod(writable, 0o444)  # engines run as somebody else
         self._fd = os.open(f"/proc/self/fd/{writable}", os.O_RDONLY | os.O_CLOEXEC)
         os.close(writable)
         return Spooled(self._fd, os.fstat(self._fd).st_size, f"/proc/self/fd/{self._fd}", name)

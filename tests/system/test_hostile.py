@@ -300,6 +300,37 @@ def test_whole_files_of_every_kind_that_debian_tests_are_not_called_broken(engin
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    ("signature", "body"),
+    [
+        (
+            ("a.ndb", "Html:3:*:" + b"hidden-marker".hex()),
+            b"<html><body>"
+            + b"word " * 9_000_000
+            + b"".join(b"&#%d;" % c for c in b"hidden-marker"),
+        ),
+        (
+            ("a.ndb", "Script:7:*:" + b"scriptmarker".hex()),
+            b"// a script\n" + b"word word\n" * 2_200_000 + b"scriptMARKER\n",
+        ),
+        (
+            ("a.ldb", f"Pcre;Engine:81-255,Target:0;0&1;{b'anchor'.hex()};0/mark[0-9]{{3}}er/"),
+            b"anchor" + b"word word\n" * 11_000_000 + b"mark123er",
+        ),
+    ],
+    ids=["MaxHTMLNormalize", "MaxScriptNormalize", "PCREMaxFileSize"],
+)
+def test_limits_of_which_clamd_says_nothing_do_not_hide_an_infection(tmp_path, signature, body):
+    """With the limits that clamd has by default, it says OK of each of these."""
+    source = tmp_path / "signatures"
+    source.mkdir()
+    (source / signature[0]).write_text(signature[1] + "\n")
+    with managed(tmp_path / "data", source, limits=Limits()) as engine:
+        report = judge(engine, body)
+
+    assert report.verdict is Verdict.INFECTED
+
+
 def test_a_sparse_file_of_three_gigabytes_is_too_large(engine: ClamAVEngine):
     with spool(eicar(), size=3 << 30) as file:
         started = time.monotonic()
@@ -343,6 +374,23 @@ def test_clamd_is_killed_and_every_file_still_gets_its_verdict(tmp_path):
     assert verdicts == [Verdict.INFECTED if n % 2 else Verdict.CLEAN for n in range(600)]
 
 
+def test_one_engine_ends_the_hung_clamd_that_another_one_started(tmp_path):
+    with managed(tmp_path) as first:
+        judge(first, b"warm")
+        with managed(tmp_path) as second:
+            judge(second, b"warm")
+            hung = daemon_of(second)
+            hung.send_signal(signal.SIGSTOP)
+            report = judge(second, b"x", 0.5)
+            verdicts = {judge(engine, eicar()).verdict for engine in (first, second)}
+            pids = {daemon_of(engine).pid for engine in (first, second)}
+
+    assert report.coverage == (Reason.TIMED_OUT,)
+    assert verdicts == {Verdict.INFECTED}
+    assert len(pids) == 1
+    assert hung.pid not in pids
+
+
 def mad(tmp_path: Path) -> ClamAVEngine:
     program = tmp_path / "clamd"
     script = Path(__file__).parents[1] / "servers" / "mad_clamd.py"
@@ -357,7 +405,7 @@ def test_a_file_that_kills_clamd_takes_nobody_with_it(tmp_path):
     try:
         judge(engine, b"warm")
         with ThreadPoolExecutor(6) as threads:
-            neighbours = [threads.submit(judge, engine, b"slow %d" % n, 60) for n in range(5)]
+            neighbours = [threads.submit(judge, engine, b"slow %d" % n, 60) for n in range(3)]
             time.sleep(0.2)
             with pytest.raises(Unavailable):
                 judge(engine, b"die", 60)

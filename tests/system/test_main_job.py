@@ -57,10 +57,14 @@ def upload_all(s3, bucket, samples, ordinary):
         foreign[key] = {"team": f"t{number}", "cost centre": "a+b=c"} if number % 3 == 0 else {}
 
     def put(key):
-        tagging = "&".join(f"{k.replace(' ', '%20')}={v.replace('+', '%2B').replace('=', '%3D')}"
-                           for k, v in foreign[key].items())
+        tagging = "&".join(
+            f"{k.replace(' ', '%20')}={v.replace('+', '%2B').replace('=', '%3D')}"
+            for k, v in foreign[key].items()
+        )
         body = samples.get(key) or ordinary[key]
-        s3.put_object(Bucket=bucket, Key=key, Body=body, **({"Tagging": tagging} if tagging else {}))
+        s3.put_object(
+            Bucket=bucket, Key=key, Body=body, **({"Tagging": tagging} if tagging else {})
+        )
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(put, foreign))
@@ -99,11 +103,17 @@ def all_results(home):
 
 def check_bucket(s3, bucket, quarantine, samples, ordinary, foreign, results, notes):
     """Bucket, quarantine, ledger and notifications must agree, object by object."""
-    listed = {o["Key"] for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket)
-              for o in page.get("Versions", [])}
+    listed = {
+        o["Key"]
+        for page in s3.get_paginator("list_object_versions").paginate(Bucket=bucket)
+        for o in page.get("Versions", [])
+    }
     assert listed == set(ordinary)
-    moved = {o["Key"] for page in s3.get_paginator("list_objects_v2").paginate(Bucket=quarantine)
-             for o in page.get("Contents", [])}
+    moved = {
+        o["Key"]
+        for page in s3.get_paginator("list_objects_v2").paginate(Bucket=quarantine)
+        for o in page.get("Contents", [])
+    }
     assert len(moved) == len(samples)
 
     def tags(name, key):
@@ -146,9 +156,11 @@ def make_queue(moto, name):
 
 def is_empty(sqs, url):
     found = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
-    return found["ApproximateNumberOfMessages"] == found[
-        "ApproximateNumberOfMessagesNotVisible"
-    ] == "0"
+    return (
+        found["ApproximateNumberOfMessages"]
+        == found["ApproximateNumberOfMessagesNotVisible"]
+        == "0"
+    )
 
 
 def test_ceph_pushes_to_the_receiver_and_everything_ends_as_it_must(
@@ -159,9 +171,7 @@ def test_ceph_pushes_to_the_receiver_and_everything_ends_as_it_must(
     s3 = ceph.client()
     for bucket in (inbox, quarantine):
         s3.create_bucket(Bucket=bucket)
-        s3.put_bucket_versioning(
-            Bucket=bucket, VersioningConfiguration={"Status": "Enabled"}
-        )
+        s3.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     sqs, url, dead = make_queue(moto, f"ceph-{name}")
     port = free_port()
     sample_signature(tmp_path / "signatures")
@@ -238,7 +248,9 @@ def test_s3_to_sns_to_sqs_and_everything_ends_as_it_must(tmp_path, moto, samples
         with home.running("event"), home.running("keeper"):
             wait_for_counts(home, f"s3://{inbox}", len(foreign), 120)
             end = time.monotonic() + 90
-            while len({n["data"]["key"] for n in received}) < len(foreign) or not is_empty(sqs, url):
+            while len({n["data"]["key"] for n in received}) < len(foreign) or not is_empty(
+                sqs, url
+            ):
                 assert time.monotonic() < end, f"{len(received)} notes"
                 time.sleep(0.5)
 
@@ -273,8 +285,11 @@ def test_a_directory_bucket_and_everything_ends_as_it_must(tmp_path, samples, or
 
         results = all_results(home)
         assert set(results) == set(wanted)
-        left = {str(p.relative_to(drop)) for p in drop.rglob("*")
-                if p.is_file() and not p.relative_to(drop).parts[0].startswith(".bucketward")}
+        left = {
+            str(p.relative_to(drop))
+            for p in drop.rglob("*")
+            if p.is_file() and not p.relative_to(drop).parts[0].startswith(".bucketward")
+        }
         assert left == set(ordinary)
         for key in samples:
             (result,) = results[key]

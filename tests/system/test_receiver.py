@@ -55,8 +55,8 @@ def inbox():
 
 
 @contextmanager
-def serving(inbox, **options):
-    receiver = Receiver(inbox, port=0, secret=SECRET, **options)
+def serving(inbox, *, pause=0.02, **options):
+    receiver = Receiver(inbox, port=0, secret=SECRET, pause=pause, **options)
     receiver.start()
     try:
         yield receiver
@@ -318,6 +318,24 @@ def test_while_the_queue_is_away_the_store_is_told_to_try_again(receiver, inbox,
     inbox.fault = None
     assert ask(receiver)[0] == 200
     assert inbox.bodies == [EVENT]
+
+
+def test_a_store_that_tries_again_without_pause_neither_floods_us_nor_the_log(inbox, caplog):
+    inbox.fault = Unavailable("no route to the queue")
+    began = time.monotonic()
+    with serving(inbox, pause=0.5) as receiver, ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: ask(receiver)[0], range(40)))
+        assert answers == [503] * 40
+        assert time.monotonic() - began >= 1
+        # Nor does one with the wrong secret, while others are served.
+        inbox.fault = None
+        wrong = [pool.submit(ask, receiver, headers={}) for _ in range(20)]
+        began = time.monotonic()
+        assert ask(receiver)[0] == 200
+        assert time.monotonic() - began < 0.4
+        assert {answer.result()[0] for answer in wrong} == {401}
+        assert time.monotonic() - began >= 0.4
+    assert caplog.text.count("no route to the queue") == 1
 
 
 def test_what_the_queue_can_never_hold_is_refused_for_good(receiver, inbox):

@@ -41,8 +41,8 @@ def test_without_any_configuration_everything_is_in_one_folder(here):
     found = load(None, {})
 
     assert found.data == here / "bucketward-data"
-    assert found.state.url == f"sqlite:///{here}/bucketward-data/state.db"
-    assert found.queue.url == f"sqlite:///{here}/bucketward-data/queue.db"
+    assert found.state.url == f"sqlite://{here}/bucketward-data/state.db"
+    assert found.queue.url == f"sqlite://{here}/bucketward-data/queue.db"
     assert found.protect == (f"file://{here}/bucketward-data/drop",)
     assert found.quarantine == f"file://{here}/bucketward-data/quarantine"
     assert found.signatures.directory == here / "bucketward-data" / "signatures"
@@ -195,7 +195,7 @@ def test_relative_paths_start_at_the_file_and_not_at_the_shell(here):
     found = load(file, {})
 
     assert found.data == here / "etc" / "d"
-    assert found.state.url == f"sqlite:///{here}/etc/d/state.db"
+    assert found.state.url == f"sqlite://{here}/etc/d/state.db"
     assert found.spool.directory == here / "s"
     assert found.engines["yara"].rules == Path.home() / "r"
     assert load(file, {"BUCKETWARD_DATA": "d"}).data == here / "d"
@@ -274,7 +274,7 @@ def test_secrets_are_not_shown():
         ("protect = ['s3://a?region=x']", "protect.0: is no bucket"),
         ("protect = ['file://drop']", "protect.0: needs an absolute path with three slashes"),
         ("[state]\nurl = ''", "state.url: is no URL"),
-        ("[state]\nurl = 'sqlite:///state.db'", "state.url: needs an absolute path with four"),
+        ("[state]\nurl = 'sqlite:state.db'", "state.url: needs an absolute path"),
         ("[state]\nurl = 'http://[x'", "state.url: is no URL"),
         ('[state]\nurl = "x://a\\nb"', "state.url: is no URL: it has blanks"),
         ("protect = ['s3://q']\nquarantine = 's3://q'", "quarantine: is in the protected bucket"),

@@ -2,9 +2,11 @@ import time
 
 import pytest
 
-from bucketward.errors import Denied, Unavailable, Unsupported
+from bucketward.errors import ConfigError, Denied, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
+from bucketward.ledger import QueuedResults
 from bucketward.model import ObjectRef, Verdict
+from bucketward.queues.memory import MemoryQueue
 from house_kit import MARK, Kit, away, get, listing, put, today, wait_for
 
 
@@ -83,6 +85,29 @@ def test_a_server_side_copy_that_is_refused_is_streamed(kit):
     (moved,) = listing(kit.quarantine)
     assert get(kit.quarantine, moved) == MARK
     assert kit.quarantine.stat(moved.ref).headers["content-type"] == "text/x"
+
+
+def test_a_quarantine_that_is_not_there_loses_no_verdict(kit):
+    info = put(kit.store, "k", MARK)
+    missing = NotFound("no such bucket")
+    kit.quarantine.fail["copy_from"] = [missing]
+    kit.announce("k")
+    (result,) = kit.run_until_idle(1)
+
+    assert (result.verdict, result.action_state) == (Verdict.INFECTED, "failed")
+    assert "quarantine is not there" in result.message
+    assert kit.store.tags(info)["scan-result"] == "Infected"
+    assert kit.ledger.verdicts([info])[0].verdict is Verdict.INFECTED
+
+
+def test_a_quarantine_that_cannot_be_opened_loses_no_verdict(kit):
+    info = put(kit.store, "k", MARK)
+    kit.quarantine.fail["copy_from"] = [ConfigError("no such region")]
+    kit.announce("k")
+    (result,) = kit.run_until_idle(1)
+
+    assert (result.verdict, result.action_state) == (Verdict.INFECTED, "failed")
+    assert kit.store.tags(info)["scan-result"] == "Infected"
 
 
 def test_a_locked_object_is_reported_and_kept(kit):
@@ -465,3 +490,45 @@ def test_a_full_spool_makes_objects_wait_not_fail():
 
     assert {r.verdict for r in results} == {Verdict.CLEAN}
     assert kit.spool.used == 0
+
+
+def test_a_result_that_cannot_be_recorded_does_not_hold_up_the_others():
+    kit = Kit(max_deliveries=2)
+    for i in range(10):
+        put(kit.store, f"k{i}", b"hello")
+        kit.announce(f"k{i}")
+    real = kit.queue.inner.nack
+    kit.queue.inner.nack = lambda messages, delay=0: real(messages, 0)
+
+    def refuse(changes):
+        for change in changes:
+            body = getattr(getattr(change, "record", None), "body", "")
+            if '"k3"' in body and '"verdict": "Clean"' in body:
+                raise Unsupported("too odd for this state")
+
+    kit.state.fail["commit"] = refuse
+    results = kit.run_until_idle(10, seconds=20)
+
+    assert sum(r.verdict is Verdict.CLEAN for r in results) == 9
+    assert [r.object.key for r in results if r.verdict is Verdict.ERROR] == ["k3"]
+
+
+def test_results_may_travel_by_queue_and_end_in_the_ledger():
+    kit = Kit()
+    info = put(kit.store, "evil", MARK)
+    put(kit.store, "good", b"hello")
+    kit.announce("evil")
+    kit.announce("good")
+    kit.announce("gone")
+    results = MemoryQueue(max_deliveries=3)
+    with kit.agent(results=QueuedResults(results)):
+        wait_for(lambda: len(kit.seen) == 2 and results.depth().waiting >= 4)
+    assert kit.ledger.counters("memory://in", today()) == {}
+    kit.keeper(results=results).drain_results()
+
+    assert results.dead(10, 0) == []
+    counters = kit.ledger.counters("memory://in", today())
+    assert (counters["Clean"], counters["Infected"]) == (1, 1)
+    (stored,) = kit.ledger.results("verdict", f"Infected|{today()}").items
+    assert stored.action_state == "done"
+    assert kit.ledger.verdicts([info]) == [None]

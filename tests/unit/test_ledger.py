@@ -262,3 +262,14 @@ def test_dead_letters_can_be_read_by_day(ledger):
 
     (one,) = ledger.dead("2026-11-21").items
     assert (one["id"], one["body"], one["reason"]) == ("m1", "body\n", "because")
+
+
+def test_a_result_fits_whatever_the_engines_have_to_say():
+    findings = tuple(Finding("yara", f"rule{i}" * 999, "m" * 99_999) for i in range(5_000))
+    report = EngineReport("yara", Verdict.INFECTED, (), findings, message="x" * 999_999)
+    one = replace(result("k", Verdict.INFECTED), reports=(report,) * 2, message="y" * 999_999)
+    text = dump_result(one)
+
+    assert len(text) < 256 * 1024
+    assert load_result(text).verdict is Verdict.INFECTED
+    assert load_result(text).findings[0].signature.startswith("rule0")

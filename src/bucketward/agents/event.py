@@ -16,11 +16,19 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from bucketward.actions import Actor
-from bucketward.errors import Changed, Denied, Error, NotFound, Unavailable, Unsupported
+from bucketward.errors import (
+    Changed,
+    ConfigError,
+    Denied,
+    Error,
+    NotFound,
+    Unavailable,
+    Unsupported,
+)
 from bucketward.events import Event, decode, encode
 from bucketward.interfaces import Queue, Store
 from bucketward.ledger import Protected, Results, Snapshot
-from bucketward.model import Message, ObjectRef, ScanResult
+from bucketward.model import Message, ObjectRef, Reason, ScanResult
 from bucketward.scan import Scanner, give_up
 
 log = logging.getLogger(__name__)
@@ -283,10 +291,9 @@ class EventAgent:
             # What is there now may have an event of its own; on an unversioned bucket, where two
             # writes can make one event, it may not.
             work.again.append(ObjectRef(ref.bucket, ref.key, uploaded_by=ref.uploaded_by))
-        except (Denied, Unsupported) as error:
-            work.results.append(
-                give_up(ref, cause, str(error), self._now(), reason=error.reason or "denied")
-            )
+        except (Denied, Unsupported, ConfigError) as error:
+            reason = Reason.DENIED if isinstance(error, Denied) else Reason.UNSUPPORTED
+            work.results.append(give_up(ref, cause, str(error), self._now(), reason=reason))
 
     def _is_alone(self, message: Message) -> bool:
         """Return whether a message may have killed agents or engines before: then it runs alone.
@@ -364,12 +371,24 @@ class EventAgent:
                     self._queue.send([encode([ref]) for ref in again])
                     again = []
                 break
-            except Error as error:
+            except (Unavailable, Denied, ConfigError) as error:
                 log.warning("cannot record, keeping %d results: %s", len(results), error)
                 self._ready.clear()
                 if self._stopping.wait(_OUTAGE_POLL):
                     self._nack([work.message for work in batch], 0)
                     return
+            except Exception as error:
+                # One of them cannot be recorded, now or later: it must not hold up the others.
+                if len(batch) > 1:
+                    for work in batch:
+                        self._settle([work])
+                    return
+                log.exception("cannot record what message %s led to", batch[0].message.id)
+                if batch[0].bury:
+                    self._nack([batch[0].message], _BACKOFF_MAX)
+                else:
+                    self._try_later(batch[0], error)
+                return
         for result in results:
             self._on_result(result)
         for work in batch:

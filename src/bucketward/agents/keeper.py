@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -13,7 +13,7 @@ from bucketward.errors import Error, Unavailable, Unsupported
 from bucketward.events import decode, encode
 from bucketward.interfaces import Notifier, Queue, Store
 from bucketward.ledger import Due, Ledger, Protected, Snapshot, load_gone, load_result
-from bucketward.model import ObjectRef
+from bucketward.model import Message, ObjectInfo, ObjectRef, ScanResult
 from bucketward.scan import give_up
 
 log = logging.getLogger(__name__)
@@ -22,6 +22,9 @@ _TICK = 0.5
 _NOTE_BACKOFF = 10.0
 _NOTE_BACKOFF_MAX = 3600.0
 _NOTE_TRIES = 24
+_NO_RESULT = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What reading a body raises that is no result, or has a part of the wrong kind."""
+_REASON = 1000
 
 
 def sweep(
@@ -55,12 +58,25 @@ def sweep(
             if verdict is None
         ]
         if missing:
-            queue.send([encode([_unscanned(info.ref)]) for info in missing])
-            found += len(missing)
+            found += _enqueue(queue, missing)
         cursor = page.cursor
         if not cursor:
             break
     return found
+
+
+def _enqueue(queue: Queue, infos: Sequence[ObjectInfo]) -> int:
+    """Send a message for each; a name that no message can hold keeps none of the others back."""
+    try:
+        queue.send([encode([_unscanned(info.ref)]) for info in infos])
+        return len(infos)
+    except Unsupported as error:
+        if len(infos) == 1:
+            (info,) = infos
+            log.error("cannot scan %r in %s: %s", info.key[:200], info.bucket, error)
+            return 0
+    half = len(infos) // 2
+    return _enqueue(queue, infos[:half]) + _enqueue(queue, infos[half:])
 
 
 def _unscanned(ref: ObjectRef) -> ObjectRef:
@@ -232,20 +248,31 @@ class Keeper:
         """Take results that agents elsewhere sent and write them into the ledger."""
         assert self._results is not None
         while not self._stopping.is_set() and (messages := self._results.receive(10, 0)):
-            results, gone, read = [], [], []
+            read: list[tuple[Message, ScanResult | ObjectRef]] = []
             for message in messages:
                 try:
-                    if ref := load_gone(message.body):
-                        gone.append(ref)
-                    else:
-                        results.append(load_result(message.body))
-                    read.append(message)
-                except (ValueError, KeyError, TypeError) as error:
-                    self._results.bury(message, f"not a scan result: {error!r}")
+                    read.append((message, load_gone(message.body) or load_result(message.body)))
+                except _NO_RESULT as error:
+                    self._results.bury(message, f"not a scan result: {error!r}"[:_REASON])
             try:
-                self._ledger.record(results)
-                self._ledger.forget(gone)
+                self._take([what for _, what in read])
             except Unavailable:
-                self._results.nack(read)
+                self._results.nack([message for message, _ in read])
                 raise
-            self._results.ack(read)
+            except (Unsupported, *_NO_RESULT):
+                read = [(message, what) for message, what in read if self._take_one(message, what)]
+            self._results.ack([message for message, _ in read])
+
+    def _take(self, things: Sequence[ScanResult | ObjectRef]) -> None:
+        self._ledger.record([thing for thing in things if isinstance(thing, ScanResult)])
+        self._ledger.forget([thing for thing in things if isinstance(thing, ObjectRef)])
+
+    def _take_one(self, message: Message, thing: ScanResult | ObjectRef) -> bool:
+        """Take one thing into the ledger, and return whether it fits in there."""
+        assert self._results is not None
+        try:
+            self._take([thing])
+        except (Unsupported, *_NO_RESULT) as error:
+            self._results.bury(message, f"cannot be recorded: {error}"[:_REASON])
+            return False
+        return True

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
 import threading
@@ -100,13 +99,6 @@ class Server:
             asyncio.run(self._server.serve([self._socket]))
         except Exception:
             log.exception("the %s server ended", self._option)
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether `host`, a name or an address, can only be reached from this machine."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host == "localhost"
 
 
 def _guarded(header_seconds: float, connections: int) -> type[H11Protocol]:

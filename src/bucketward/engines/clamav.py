@@ -13,10 +13,12 @@ import hashlib
 import logging
 import os
 import re
+import select
 import socket
 import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,7 +69,7 @@ _REPLY_LIMIT = 4096
 _CHUNK = 256 * 1024
 _SETTLED = 900.0
 """Seconds after which an external clamd has loaded what lies there (SelfCheck: 600)."""
-_PATIENCE = 5
+_PATIENCE = 10
 """How often a scan is begun anew because the daemon went away under it."""
 
 
@@ -123,15 +125,17 @@ class _Broken(Exception):  # noqa: N818 - never leaves this module
 class _Late(Exception):  # noqa: N818
     """The deadline passed while clamd worked."""
 
+    def __str__(self) -> str:
+        return "it takes too long"
+
 
 class _Session:
     """One IDSESSION, used by one thread at a time, one command in flight."""
 
-    __slots__ = ("_socket", "_timeout", "daemon", "is_local", "number")
+    __slots__ = ("_socket", "daemon", "is_local", "number")
 
     def __init__(self, connection: socket.socket, daemon: Daemon | None) -> None:
         self._socket = connection
-        self._timeout = connection.gettimeout()
         self.daemon = daemon
         self.is_local = connection.family == socket.AF_UNIX
         self.number = 0
@@ -141,7 +145,6 @@ class _Session:
         """Ask for a verdict on `file`.  Raises `_Broken` or `_Late`; then close it."""
         self.number += 1
         try:
-            self._limit(deadline)
             if self.is_local:
                 self._socket.sendall(b"zFILDES\0")
                 # Opened anew: clamd moves the position, which a descriptor shares with its copies.
@@ -159,6 +162,18 @@ class _Session:
         except (OSError, ValueError) as error:
             raise _Broken(str(error) or "it closed the connection") from error
 
+    def ping(self, deadline: float) -> None:
+        """Have clamd say that it works.  Raises `_Broken` or `_Late`."""
+        self.number += 1
+        try:
+            self._socket.sendall(b"zPING\0")
+            if self._line(deadline) != b"%d: PONG" % self.number:
+                raise _Broken("it does not answer PING")
+        except TimeoutError:
+            raise _Late from None
+        except (OSError, ValueError) as error:
+            raise _Broken(str(error)) from error
+
     def close(self) -> None:
         self._socket.close()
 
@@ -171,18 +186,22 @@ class _Session:
     def _stream(self, file: Spooled, deadline: float) -> None:
         self._socket.sendall(b"zINSTREAM\0")
         offset = 0
+        # Above StreamMaxLength it answers while we still send, and hangs up.
+        answered = select.poll()
+        answered.register(self._socket, select.POLLIN)
         try:
             while offset < file.size:
                 chunk = os.pread(file.fd, min(_CHUNK, file.size - offset), offset)
                 if not chunk:
                     raise ValueError("the file is shorter than it was said to be")
+                if answered.poll(0):
+                    return
                 self._limit(deadline)
                 self._socket.sendall(struct.pack("!I", len(chunk)))
                 self._socket.sendall(chunk)
                 offset += len(chunk)
             self._socket.sendall(bytes(4))
         except (BrokenPipeError, ConnectionResetError):
-            # Above StreamMaxLength it answers and hangs up while we still send: the answer counts.
             return
 
     def _line(self, deadline: float) -> bytes:
@@ -255,10 +274,9 @@ def _busy() -> Unavailable:
 class ClamAVEngine:
     """ClamAV behind a clamd.  Use `open_clamav`.
 
-    Signatures of a set are those of the daemon that judged: a set never changes under a daemon
-    that Bucketward manages.  An external clamd that reloads while it scans is reported with the
-    set before, so that the file is judged again rather than never.  An external clamd cannot be
-    ended: past the deadline its session is closed and it works on in vain, up to its MaxScanTime.
+    A report bears the signatures of the daemon that judged: they never change under a daemon that
+    Bucketward manages.  An external clamd cannot be ended: past the deadline its session is closed
+    and it works on in vain, up to its MaxScanTime; nor can it be had afresh for a file alone.
     """
 
     opens_containers = True
@@ -288,9 +306,13 @@ class ClamAVEngine:
             self._managed.clamd.on_replace(lambda number: self._in_use.get(number, 0))
 
     def ping(self) -> None:
-        """Open a session; a clamd that would hide its limits is a `ConfigError`."""
-        session = self._source.connect(time.monotonic() + 5)
-        session.close()
+        """Ask clamd; one that would hide its limits is a `ConfigError`."""
+        deadline = time.monotonic() + 5
+        with contextlib.closing(self._source.connect(deadline)) as session:
+            try:
+                session.ping(deadline)
+            except (_Broken, _Late) as error:
+                raise Unavailable(f"clamd does not answer: {error}", backend="clamav") from error
         self._source.signatures()
 
     def close(self) -> None:
@@ -329,22 +351,22 @@ class ClamAVEngine:
                 except _Broken as error:
                     self._drop(session)
                     problem = error
-                    if session.daemon is None and session.number == 1:
-                        break
-                    if session.daemon is not None and isinstance(error.__cause__, ValueError):
+                    if self._managed is None or session.daemon is None:
+                        if session.number == 1:
+                            break
+                        # It was idle for too long, or clamd was started anew.
+                        continue
+                    if isinstance(error.__cause__, ValueError):
                         # Whatever it is that answers there, it is not to be asked again.
                         self._recycle(session.daemon)
-                    # The daemon was ended for another file's sake, or it died: of one of the
-                    # files it had.  Each of those goes again by itself, so that one dies alone.
-                    if (
-                        session.daemon is not None
-                        and session.daemon.number not in self._ended_by_us
-                    ):
+                        break
+                    if self._managed.lost(session.daemon) and not self._ended_here(session.daemon):
+                        # It died: of one of the files that it had.  Each of them goes again by
+                        # itself, so that one dies alone.  Once it may have been another process's.
                         deaths += suspected
                         suspected = True
-                    # Another process may have been the cause once, not twice.
-                    if deaths == 2:
-                        break
+                        if deaths == 2:
+                            break
                     continue
                 self._keep(session)
             return self._report(file, reply, signatures, started, deadline)
@@ -422,6 +444,9 @@ class ClamAVEngine:
                 self._in_use[number] = left
             else:
                 del self._in_use[number]
+
+    def _ended_here(self, daemon: Daemon) -> bool:
+        return daemon.number in self._ended_by_us
 
     def _recycle(self, daemon: Daemon) -> None:
         assert self._managed is not None
@@ -508,11 +533,21 @@ class _Managed:
 
     def __init__(self, clamd: Clamd) -> None:
         self.clamd = clamd
+        self._lost: deque[str] = deque(maxlen=20)
+
+    def lost(self, daemon: Daemon) -> bool:
+        """Tell whether `daemon` is gone; then nobody gets a session to it any more."""
+        if self.clamd.has_ended(daemon):
+            self._lost.append(daemon.number)
+            return True
+        return False
 
     def connect(self, deadline: float) -> _Session:
         while True:
             daemon = self.clamd.wait(deadline)
             try:
+                if daemon.number in self._lost:
+                    raise ConnectionRefusedError("it has just ended")
                 left = max(0.01, deadline - time.monotonic())
                 return _Session(self.clamd.connect(daemon, left), daemon)
             except OSError as error:
@@ -524,10 +559,10 @@ class _Managed:
                 time.sleep(0.02)
 
     def is_fresh(self, session: _Session) -> bool:
+        assert session.daemon is not None
+        number = session.daemon.number
         try:
-            return (
-                session.daemon is not None and self.clamd.current().number == session.daemon.number
-            )
+            return number not in self._lost and number == self.clamd.current().number
         except Unavailable:
             return False
 
@@ -716,7 +751,8 @@ def open_clamav(
 ) -> ClamAVEngine:
     """Open ``clamav:managed``, ``clamav:///run/clamav/clamd.ctl`` or ``clamav://host:3310``.
 
-    The managed clamd lives in ``data_dir/clamd`` and loads the signature files of
+    The managed clamd lives in ``data_dir/clamd``, where all processes with that directory share
+    it; the settings of the one that started it count.  It loads the signature files of
     `signatures_dir`, by default Bucketward's demonstration signatures, following changes within
     twice `poll` seconds.  `classify` is consulted before `CLASSIFICATION`.  `limits`, `options`
     (further lines of clamd.conf), `user` and `poll` are for the managed clamd only.

@@ -37,93 +37,33 @@ log = logging.getLogger(__name__)
 
 SIGNATURE_SUFFIXES = frozenset(
     {
-        "cvd",
-        "cld",
-        "cud",
-        "hdb",
-        "hsb",
-        "hdu",
-        "hsu",
-        "mdb",
-        "msb",
-        "mdu",
-        "msu",
-        "ndb",
-        "ndu",
-        "ldb",
-        "ldu",
-        "db",
-        "idb",
-        "cdb",
-        "cbc",
-        "fp",
-        "sfp",
-        "ign",
-        "ign2",
-        "pdb",
-        "gdb",
-        "wdb",
-        "ftm",
-        "crb",
-        "cat",
-        "imp",
-        "info",
-        "cfg",
-        "pwdb",
-        "ioc",
-        "yar",
-        "yara",
-        "sign",
+        *("cvd", "cld", "cud", "hdb", "hsb", "hdu", "hsu", "mdb", "msb", "mdu", "msu", "ndb"),
+        *("ndu", "ldb", "ldu", "db", "idb", "cdb", "cbc", "fp", "sfp", "ign", "ign2", "pdb"),
+        *("gdb", "wdb", "ftm", "crb", "cat", "imp", "info", "cfg", "pwdb", "ioc", "yar"),
+        *("yara", "sign"),
     }
 )
 """What libclamav loads from a directory (CLI_DBEXT in others.h and readdb.c of 1.4)."""
 
 _FORBIDDEN_OPTIONS = frozenset(
     {
-        "databasedirectory",
-        "localsocket",
-        "tcpsocket",
-        "tcpaddr",
-        "foreground",
-        "alertencrypted",
-        "alertencryptedarchive",
-        "alertencrypteddoc",
-        "alertexceedsmax",
-        "heuristicscanprecedence",
-        "virusevent",
-        "user",
-        "temporarydirectory",
-        "selfcheck",
-        "maxfilesize",
-        "maxscansize",
-        "maxfiles",
-        "maxrecursion",
-        "maxscantime",
-        "exitonoom",
-        "scanarchive",
-        "excludepath",
-        "heuristicalerts",
-        "readtimeout",
-        "commandreadtimeout",
-        "leavetemporaryfiles",
-        "bytecodeunsigned",
-        "scanpe",
-        "scanelf",
-        "scanole2",
-        "scanpdf",
-        "scanhtml",
-        "scanmail",
-        "scanimage",
-        "scanswf",
-        "scanxmldocs",
-        "scanhwp3",
-        "scanonenote",
-        "logfile",
-        "pidfile",
+        *("databasedirectory", "localsocket", "tcpsocket", "tcpaddr", "foreground"),
+        *("alertencrypted", "alertencryptedarchive", "alertencrypteddoc", "alertexceedsmax"),
+        *("heuristicscanprecedence", "virusevent", "user", "temporarydirectory", "selfcheck"),
+        *("maxfilesize", "maxscansize", "maxfiles", "maxrecursion", "maxscantime"),
+        *("exitonoom", "scanarchive", "excludepath", "maxembeddedpe", "maxhtmlnormalize"),
+        *("maxhtmlnotags", "maxscriptnormalize", "pcremaxfilesize", "maxpartitions"),
+        *("logfilemaxsize", "heuristicalerts", "readtimeout", "commandreadtimeout"),
+        *("leavetemporaryfiles", "bytecodeunsigned", "scanpe", "scanelf", "scanole2"),
+        *("scanpdf", "scanhtml", "scanmail", "scanimage", "scanswf", "scanxmldocs"),
+        *("scanhwp3", "scanonenote", "logfile", "pidfile", "detectpua", "disablecache"),
+        *("maxthreads", "maxqueue", "idletimeout", "streammaxlength", "localsocketmode"),
     }
 )
 
 _FATAL = re.compile(r"(ERROR|LibClamAV Error): (.*)")
+_LOADING = 900.0
+"""Seconds that clamd may take to load its database."""
 _LOADED = re.compile(r"Loaded (\d+) signatures")
 
 
@@ -242,7 +182,7 @@ class Clamd:
         for name, value in (options or {}).items():
             if name.lower() in _FORBIDDEN_OPTIONS or not name.isalnum() or not value.isprintable():
                 raise ConfigError(
-                    f"clamd option {name!r} cannot be set: verdicts rest on Bucketward's own value",
+                    f"clamd option {name!r} cannot be set so: verdicts rest on Bucketward's value",
                     backend="clamav",
                 )
         # Debian has clamd in /usr/sbin, which is not on everybody's path.
@@ -312,6 +252,14 @@ class Clamd:
             raise
         return connection
 
+    def has_ended(self, daemon: Daemon) -> bool:
+        """Tell whether `daemon` ended, after its connection did, which it takes a moment to."""
+        for _ in range(20):
+            if _birth(daemon.pid) != daemon.born:
+                return True
+            time.sleep(0.005)
+        return False
+
     def recycle(self, daemon: Daemon) -> None:
         """End `daemon` now, whatever it does, and do not come back before it is out of service."""
         self._home.ended.add(daemon.number)
@@ -370,6 +318,7 @@ class _Owner:
         home = self._home
         try:
             self._sweep()
+            home.say_problem("")
             while not home.closing.is_set():
                 self._step()
                 if self._running is None:
@@ -485,6 +434,7 @@ class _Owner:
         while (
             self._home.in_use(old.number)
             and not old.exited
+            and not (self._running is None or self._running.exited)
             and time.monotonic() < patience
             and not self._home.closing.is_set()
         ):
@@ -602,7 +552,8 @@ class _Process:
     def wait_ready(self) -> tuple[str, int]:
         """Return what clamd calls itself once it answers, and its count; "" if it ends instead."""
         pause = 0.01
-        while not self.exited and not self._home.closing.is_set():
+        patience = time.monotonic() + _LOADING
+        while not self.exited and not self._home.closing.is_set() and time.monotonic() < patience:
             try:
                 with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                     connection.settimeout(10)
@@ -693,12 +644,13 @@ def _settings(home: _Home) -> Sequence[tuple[str, str]]:
         ("MaxFiles", str(limits.files)),
         ("MaxRecursion", str(limits.recursion)),
         ("MaxScanTime", str(int(limits.scan_time * 1000))),
-        # These raise no alert when they are passed (docs/clamav-limits.md): generous, not endless.
-        ("MaxEmbeddedPE", "200M"),
-        ("MaxHTMLNormalize", "200M"),
-        ("MaxHTMLNoTags", "100M"),
-        ("MaxScriptNormalize", "100M"),
-        ("PCREMaxFileSize", "400M"),
+        # Beyond these clamd leaves something out and says nothing (docs/clamav-limits.md).
+        ("MaxEmbeddedPE", str(limits.file_size)),
+        ("MaxHTMLNormalize", str(limits.file_size)),
+        ("MaxHTMLNoTags", str(limits.file_size)),
+        ("MaxScriptNormalize", str(limits.file_size)),
+        ("PCREMaxFileSize", "0"),
+        ("MaxPartitions", "1000"),
         *sorted(home.options.items()),
     ]
 
@@ -763,10 +715,10 @@ def _read_daemon(path: Path, number: str) -> Daemon:
 
 
 def _birth(pid: int) -> int:
-    """Return when a process started, in ticks; 0 if there is none (proc(5), stat, field 22)."""
+    """Return when a process started, in ticks; 0 if it ended (proc(5), stat, fields 3 and 22)."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace")
-        return int(text.rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+        return 0 if fields[0] in "ZX" else int(fields[19])
     except (OSError, ValueError, IndexError):
         return 0
 

@@ -22,7 +22,7 @@ from bucketward.engines.workers import Died, Late, Workers
 from bucketward.errors import Unavailable
 from bucketward.model import Reason, Spooled
 
-EXAMINER_VERSION = 1
+EXAMINER_VERSION = 2
 """To be raised with every change here that can change a verdict."""
 
 HEAD = 1024
@@ -97,24 +97,8 @@ _PDF = re.compile(rb"[\x00-\x20\xef\xbb\xbf]{0,64}%PDF-\d")
 
 UNOPENED_BY_CLAMAV = frozenset(
     {
-        "ar",
-        "rpm",
-        "ace",
-        "zoo",
-        "zstd",
-        "lz4",
-        "lzip",
-        "lzop",
-        "lrzip",
-        "zpaq",
-        "compress",
-        "lzma",
-        "squashfs",
-        "wim",
-        "vmdk",
-        "qcow",
-        "vhdx",
-        "vhd",
+        *("ar", "rpm", "ace", "zoo", "zstd", "lz4", "lzip", "lzop", "lrzip", "zpaq"),
+        *("compress", "lzma", "squashfs", "wim", "vmdk", "qcow", "vhdx", "vhd"),
     }
 )
 """Containers that ClamAV 1.4 does not look into; it says OK of what is inside."""
@@ -122,7 +106,11 @@ UNOPENED_BY_CLAMAV = frozenset(
 # A worker cannot load a codec once it has given up its rights.
 "".encode("utf-16-le")
 
-EXAMINED = frozenset({"zip", "gzip", "bzip2", "xz", "7z", "rar", "cab", "ole2", "tar", "pdf"})
+EXAMINED = frozenset(
+    {
+        *("zip", "gzip", "bzip2", "xz", "7z", "rar", "cab", "ole2", "tar", "pdf"),
+    }
+)
 
 
 class Problem(Exception):  # noqa: N818 - a finding about the file, not a failure of ours
@@ -134,19 +122,32 @@ class Problem(Exception):  # noqa: N818 - a finding about the file, not a failur
         self.message = message
 
 
+_FIRST: dict[int, list[tuple[bytes, str]]] = {}
+for _, _magic, _name in (entry for entry in _MAGIC if not entry[0]):
+    _FIRST.setdefault(_magic[0], []).append((_magic, _name))
+_LATER = tuple(entry for entry in _MAGIC if entry[0])
+
+
 def kind(head: bytes) -> str:
     """Return what container begins with `head`, "" if it is none that we know."""
-    for offset, magic, name in _MAGIC:
+    return _by_magic(head) or ("mail" if _MAIL.match(head) else "")
+
+
+def _by_magic(head: bytes) -> str:
+    if not head:
+        return ""
+    for magic, name in _FIRST.get(head[0], ()):
+        if head.startswith(magic) and (name != "lzma" or _is_lzma(head)):
+            return name
+    for offset, magic, name in _LATER:
         if head.startswith(magic, offset):
-            if name == "lzma" and not _is_lzma(head):
-                continue
             return name
     if _PDF.match(head):
         return "pdf"
     if b"%PDF-" in head and b" obj" in head:
         # Readers look for the mark in the first 1,024 bytes; so do texts about PDF.
         return "pdf-inside"
-    return "mail" if _MAIL.match(head) else ""
+    return ""
 
 
 def kind_of(fd: int, size: int) -> str:
@@ -175,7 +176,7 @@ class Examiner:
         self, file: Spooled, deadline: float, *, opens_rar: Callable[[], bool] = lambda: False
     ) -> tuple[tuple[str, ...], str]:
         """Return why `file`, of which ClamAV said OK, is not Clean all the same, and in words."""
-        name = kind(os.pread(file.fd, HEAD, 0))
+        name = _by_magic(os.pread(file.fd, HEAD, 0))
         if name in UNOPENED_BY_CLAMAV:
             return (Reason.CONTAINER_UNOPENED,), f"ClamAV does not look into {name} here"
         if name not in EXAMINED:
@@ -238,6 +239,7 @@ def _gzip(data: mmap.mmap) -> None:
     while at < len(data):
         if at and data[at : at + 2] != b"\x1f\x8b":
             # Padding and what else stands behind the last member are no part of it (gzip(1)).
+            _no_zip_behind(data, at)
             return
         at = _inflate(data, at, len(data), 31)[0]
 
@@ -334,9 +336,19 @@ def _zip(data: mmap.mmap) -> None:
         if (size, found) != (plain, crc):
             raise _corrupt("a member of the zip archive does not have its checksum")
     bounds.sort()
-    for (_, end), (start, _) in pairwise(bounds):
+    for (_, end), (start, _) in pairwise([(0, 0), *bounds]):
         if start < end:
             raise Problem(Reason.ARCHIVE_LIMIT, "members of the zip archive overlap")
+        # Who reads it as a stream unpacks this; ClamAV goes by the directory alone, and of two
+        # archives in one file it looks into neither.
+        if data.find(b"PK\x03\x04", end, start) >= 0:
+            raise _unopened("the zip archive has a member that its directory does not name")
+
+
+def _no_zip_behind(data: mmap.mmap, at: int) -> None:
+    """Refuse a zip archive behind the end of another: unzip(1) opens that, ClamAV does not."""
+    if data.rfind(b"PK\x05\x06", max(at, len(data) - 65_557)) >= 0:
+        raise _unopened("a zip archive stands behind the end of this one")
 
 
 def _crc(data: mmap.mmap, start: int, end: int) -> int:
@@ -648,6 +660,7 @@ def _tar(data: mmap.mmap) -> None:
     while at < len(data):
         head = data[at : at + 512]
         if not any(head):
+            _no_zip_behind(data, at)
             return
         if len(head) < 512:
             raise _corrupt("the tar archive is cut short")
@@ -691,7 +704,11 @@ def _pdf(data: mmap.mmap) -> None:
                 raise Problem(Reason.ENCRYPTED, "the PDF document is encrypted")
 
 
-_ENCRYPTED_STREAMS = frozenset({"EncryptedPackage", "EncryptedSummary", "DRMContent"})
+_ENCRYPTED_STREAMS = frozenset(
+    {
+        *("EncryptedPackage", "EncryptedSummary", "DRMContent"),
+    }
+)
 
 
 def _ole2(data: mmap.mmap) -> None:

@@ -2,8 +2,8 @@
 
 The file is the queue's own, apart from the state's: the two never wait for each other's write
 lock, and each can be thrown away without the other.  It is driven by `sqlite3` and not by
-SQLAlchemy, which made a message three to ten times as dear (docs/design.md) for six statements
-of plain SQL.  WAL needs shared memory, so the file has to be on a local file system.
+SQLAlchemy Core, which made the same statements two to eleven times as slow.  WAL needs shared
+memory, so the file has to be on a local file system.
 """
 # ruff: noqa: D102 - the docstrings are the Protocol's
 
@@ -277,7 +277,7 @@ class SqliteQueue:
     @contextmanager
     def _write(self, *, is_durable: bool = False) -> Iterator[sqlite3.Connection]:
         with self._read() as db:
-            db.execute(f"PRAGMA synchronous = {'FULL' if is_durable else 'NORMAL'}")
+            db.execute("PRAGMA synchronous = FULL" if is_durable else "PRAGMA synchronous = NORMAL")
             db.execute("BEGIN IMMEDIATE")
             try:
                 yield db

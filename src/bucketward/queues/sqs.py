@@ -24,7 +24,6 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     NoCredentialsError,
-    NoRegionError,
     ParamValidationError,
 )
 
@@ -116,6 +115,8 @@ class SqsQueue:
     Retries within one request are botocore's and follow ``AWS_MAX_ATTEMPTS``.
     """
 
+    max_deliveries: int
+
     def __init__(
         self,
         name: str,
@@ -127,23 +128,26 @@ class SqsQueue:
         lease: float | None = None,
         connections: int = 50,
     ) -> None:
+        if lease is not None and not 0 < lease <= _LONGEST:
+            raise ConfigError("a lease on SQS lasts 12 hours at most", backend="sqs")
         self._shown = f"sqs://{region}/{account}/{name}" if account else f"sqs://{region}/{name}"
         self._name = name
         self._account = account
+        self._given_lease = lease
         self._lock = Lock()
         self._half_buried: OrderedDict[str, None] = OrderedDict()
         """Ids in the dead-letter queue that could not be deleted from the queue yet."""
-        with _translating("GetQueueUrl", self._shown):
+        try:
             self._client = _client(region, endpoint, credentials, connections)
+        except (BotoCoreError, ValueError) as error:
+            raise ConfigError(
+                f"{self._shown} cannot be asked: see its region and endpoint", backend="sqs"
+            ) from error
         try:
             self._load()
         except BaseException:
             self._client.close()
             raise
-        if lease is not None:
-            self._lease = math.ceil(lease)
-
-    max_deliveries: int
 
     def ping(self) -> None:
         """Ask for things that change nothing, so that each permission is tried."""
@@ -259,9 +263,10 @@ class SqsQueue:
         found = self._attributes(
             self._live, [f"ApproximateNumberOfMessages{name}" for name in names]
         )
-        visible, delayed, hidden = (
-            int(found.get(f"ApproximateNumberOfMessages{name}", 0)) for name in names
-        )
+        with _translating("GetQueueAttributes", self._shown):
+            visible, delayed, hidden = (
+                int(found[f"ApproximateNumberOfMessages{name}"]) for name in names
+            )
         return Depth(visible + delayed, hidden)
 
     def _load(self) -> None:
@@ -289,36 +294,47 @@ class SqsQueue:
         self._dead = replace(dead, key=self._attributes(dead, ["All"]).get("KmsMasterKeyId", ""))
         self._live = replace(live, key=found.get("KmsMasterKeyId", ""))
         self.max_deliveries = count
-        if not hasattr(self, "_lease"):
-            self._lease = int(found.get("VisibilityTimeout", 30))
+        self._lease = math.ceil(self._given_lease or int(found.get("VisibilityTimeout", 30)))
+        if not self._lease:
+            raise ConfigError(
+                f"{self._shown} has a visibility timeout of 0, so everybody gets every message; "
+                "set it to a minute",
+                backend="sqs",
+            )
 
     def _find(self, name: str, account: str, shown: str) -> str:
         owner = {"QueueOwnerAWSAccountId": account} if account else {}
         with _translating("GetQueueUrl", shown):
-            return self._client.get_queue_url(QueueName=name, **owner)["QueueUrl"]
+            try:
+                return self._client.get_queue_url(QueueName=name, **owner)["QueueUrl"]
+            except ParamValidationError as error:
+                raise ConfigError(f"{shown} cannot be a queue", backend="sqs") from error
 
     def _attributes(self, side: _Side, names: Sequence[Any]) -> Mapping[Any, str]:
         with _translating("GetQueueAttributes", side.shown, side.key):
             reply = self._client.get_queue_attributes(QueueUrl=side.url, AttributeNames=names)
-            return reply.get("Attributes", {})
+            return reply["Attributes"]
 
     def _take(self, side: _Side, limit: int, wait: float) -> list[Message]:
         deadline = time.monotonic() + wait
+        if limit <= 0:
+            return []
         messages: list[Message] = []
-        while limit > 0 and not messages:
+        # Counted, lest an endpoint that does not wait be asked without end.
+        for _ in range(1 + math.ceil(wait / _LONG_POLL)):
             # A few milliseconds short of 20 s are still 20 s.
             left = math.floor(deadline - time.monotonic() + 0.05)
             messages = self._receive(side, min(limit, _TEN), max(0, min(left, _LONG_POLL)))
-            if deadline - time.monotonic() < 1:
+            if messages or deadline - time.monotonic() < 1:
                 break
-        full = _TEN
-        while full == _TEN and messages and len(messages) < limit and not len(messages) % _TEN:
+        last = len(messages)
+        while last == _TEN and len(messages) < limit:
             try:
                 more = self._receive(side, min(limit - len(messages), _TEN), 0)
             except Error:
-                break  # the ones in hand are leased to us; the next call will say what is wrong
+                break  # those in hand are leased to us; the next call will say what is wrong
             messages += more
-            full = len(more)
+            last = len(more)
         return messages
 
     def _receive(self, side: _Side, limit: int, wait: int) -> list[Message]:
@@ -331,31 +347,24 @@ class SqsQueue:
                 MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
                 MessageAttributeNames=[_ID, _REASON, _SENT] if side.is_dead else [],
             )
-        now = time.time()
-        messages = []
-        for found in reply.get("Messages", []):
-            system = found.get("Attributes", {})
-            ours = {
-                name: value.get("StringValue", "")
-                for name, value in found.get("MessageAttributes", {}).items()
-                if side.is_dead
-            }
-            sent = ours.get(_SENT, "")
-            milliseconds = int(
-                sent if re.fullmatch(r"[0-9]{1,14}", sent) else system["SentTimestamp"]
-            )
-            messages.append(
-                Message(
-                    id=ours.get(_ID) or found["MessageId"],
-                    body=found["Body"],
-                    receipt=str(_Receipt(side.is_dead, math.floor(now), found["ReceiptHandle"])),
-                    deliveries=max(1, int(system.get("ApproximateReceiveCount", 1))),
-                    sent_at=datetime.fromtimestamp(milliseconds / 1000, UTC),
-                    leased_until=now + self._lease,
-                    reason=ours.get(_REASON, ""),
-                )
-            )
-        return messages
+            now = time.time()
+            return [self._message(side, found, now) for found in reply.get("Messages", [])]
+
+    def _message(self, side: _Side, found: Mapping[str, Any], now: float) -> Message:
+        # Only what we buried ourselves has these; what others send to the queue may pretend.
+        ours = found.get("MessageAttributes", {}) if side.is_dead else {}
+        key, reason, sent = (ours.get(n, {}).get("StringValue", "") for n in (_ID, _REASON, _SENT))
+        system = found["Attributes"]
+        milliseconds = int(sent if re.fullmatch(r"[0-9]{1,14}", sent) else system["SentTimestamp"])
+        return Message(
+            id=key or found["MessageId"],
+            body=found["Body"],
+            receipt=str(_Receipt(side.is_dead, math.floor(now), found["ReceiptHandle"])),
+            deliveries=max(1, int(system["ApproximateReceiveCount"])),
+            sent_at=datetime.fromtimestamp(milliseconds / 1000, UTC),
+            leased_until=now + self._lease,
+            reason=reason,
+        )
 
     def _sides(self, messages: Sequence[Message]) -> Iterator[tuple[_Side, list[_Receipt]]]:
         """Yield for each queue what came from it, every receipt once."""
@@ -648,10 +657,12 @@ def _translating(action: str, shown: str, key: str = "") -> Iterator[None]:
             backend="sqs",
             reason=f"sqs:{action}",
         ) from error
-    except (NoRegionError, ParamValidationError, ValueError) as error:
-        raise ConfigError(f"{shown} cannot be a queue's address", backend="sqs") from error
     except BotoCoreError as error:
         raise Unavailable(
             f"{shown} cannot be reached ({type(error).__name__}): see the network and its endpoint",
             backend="sqs",
+        ) from error
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise Unavailable(
+            f"what answers for {shown} does not speak as SQS does: see its endpoint", backend="sqs"
         ) from error

@@ -177,7 +177,8 @@ class MemoryState:
             return None
         record = change.record
         indexes = MappingProxyType({name: (v, s) for name, (v, s) in record.indexes.items()})
-        return replace(record, version=version + 1, indexes=indexes)
+        expires_at = record.expires_at and record.expires_at.astimezone(UTC)
+        return Record(record.key, record.body, version + 1, indexes, expires_at)
 
     def _sweep(self, now: datetime) -> None:
         self._sweep_at = time.monotonic() + _SWEEP_SECONDS

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,11 @@ from bucketward.states.rules import (
 
 PERMISSIONS: Mapping[str, str] = {}
 
-SCHEMA_VERSION = 1
-
 _BACKEND = "sqlite"
+_APPLICATION = 0x42575331  # "BWS1", in the header of the file for file(1) and for us
+_SCHEMA_VERSION = 1
+_SMALLEST = 512
+"""Bytes in the smallest database (sqlite.org/fileformat2.html, section 1.3)."""
 _EXPORTED = 500
 _PAGE_CHARACTERS = 4 * 1024 * 1024
 """A page ends early when its bodies are longer than this together."""
@@ -62,8 +64,12 @@ def open_sqlite(url: str, tables: Tables) -> SqliteState:
     """Open ``sqlite:///absolute/path.db``; anything unusual in the path is percent-encoded."""
     parts = urlsplit(url)
     path = unquote(parts.path, errors="surrogateescape")
-    if parts.netloc or parts.query or parts.fragment or not path.startswith("/") or "\0" in path:
-        raise ConfigError("a SQLite state is given as sqlite:///absolute/path.db", backend=_BACKEND)
+    is_file = path.startswith("/") and not path.endswith("/") and "\0" not in path
+    if parts.scheme != "sqlite" or parts.netloc or parts.query or parts.fragment or not is_file:
+        raise ConfigError(
+            "the URL of a SQLite state is sqlite:///absolute/path.db and nothing else",
+            backend=_BACKEND,
+        )
     return SqliteState(path, tables)
 
 
@@ -236,24 +242,26 @@ class SqliteState:
         self._readers.dispose()
 
     def _make_schema(self) -> None:
-        with self._readers.connect() as connection:
-            _use_wal(connection, self._path, self._lock_timeout)
         with self._writer.begin() as connection:
-            _meta.create(connection, checkfirst=True)
-            version = connection.execute(
-                sa.select(_meta.c.value).where(_meta.c.name == "schema_version")
-            ).scalar()
-            if version is None:
-                row = {"name": "schema_version", "value": str(SCHEMA_VERSION)}
+            if _is_ours(connection, self._path):
+                version = connection.execute(
+                    sa.select(_meta.c.value).where(_meta.c.name == "schema_version")
+                ).scalar()
+                if version != str(_SCHEMA_VERSION):
+                    raise ConfigError(
+                        f"{self._path} was written by another release of Bucketward (schema"
+                        f" {version}, this one has {_SCHEMA_VERSION}): run that release",
+                        backend=_BACKEND,
+                    )
+            else:
+                connection.exec_driver_sql(f"PRAGMA application_id = {_APPLICATION}")
+                _meta.create(connection)
+                row = {"name": "schema_version", "value": str(_SCHEMA_VERSION)}
                 connection.execute(sa.insert(_meta), row)
-            elif version != str(SCHEMA_VERSION):
-                raise ConfigError(
-                    f"{self._path} has schema version {version}, this Bucketward knows"
-                    f" {SCHEMA_VERSION}: run the Bucketward that wrote it, or a later one",
-                    backend=_BACKEND,
-                )
             for table in self._tables.values():
                 _make_table(connection, table)
+        with self._readers.connect() as connection:
+            _use_wal(connection, self._path, self._lock_timeout)
         for name, table in self._tables.items():
             upsert = insert(table)
             others = {c.name: upsert.excluded[c.name] for c in table.c if c.name != "key"}
@@ -440,12 +448,29 @@ def _make_table(connection: sa.Connection, table: sa.Table) -> None:
 
 def _make_file(path: str) -> tuple[int, int]:
     """Make the file, for our eyes only, unless it is there; return what tells it from others."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        found = os.fstat(descriptor)
-    finally:
-        os.close(descriptor)
+    # An existing file is not opened here: closing it would drop the locks that SQLite holds on it
+    # in this process (sqlite.org/howtocorrupt.html, section 2.2).
+    with suppress(FileExistsError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    found = Path(path).stat()
+    if 0 < found.st_size < _SMALLEST:
+        # SQLite takes it for an empty file and would write over it.
+        raise ConfigError(_not_a_database(path, "too small"), backend=_BACKEND)
     return found.st_dev, found.st_ino
+
+
+def _is_ours(connection: sa.Connection, path: str) -> bool:
+    """Return whether a state is there already, False for an empty file."""
+    application = connection.exec_driver_sql("PRAGMA application_id").scalar()
+    if application == _APPLICATION:
+        return True
+    if application or connection.exec_driver_sql("SELECT count(*) FROM sqlite_schema").scalar():
+        raise ConfigError(
+            f"{path} is a database of something else and was left as it is: give the state a"
+            " file of its own",
+            backend=_BACKEND,
+        )
+    return False
 
 
 def _connect(path: str, lock_timeout: float) -> sqlite3.Connection:
@@ -561,10 +586,7 @@ def _translating(path: str, *, starting: bool = False) -> Iterator[None]:
                 message = _not_ours(path, str(error.orig))
             case sqlite3.SQLITE_NOTADB | sqlite3.SQLITE_CORRUPT:
                 kind = ConfigError if starting else Unavailable
-                message = (
-                    f"{path} is damaged or no SQLite database ({error.orig}): restore it from a"
-                    " backup, or move it away to begin an empty one"
-                )
+                message = _not_a_database(path, str(error.orig))
             case _:
                 raise  # a bug of ours
         raise kind(message, backend=_BACKEND) from error.orig
@@ -578,4 +600,11 @@ def _not_ours(path: str, why: str) -> str:
     return (
         f"{path} cannot be opened for writing ({why}): make it a file in a folder where uid"
         f" {os.geteuid()} may write"
+    )
+
+
+def _not_a_database(path: str, why: str) -> str:
+    return (
+        f"{path} is damaged or no SQLite database ({why}) and was left as it is: restore it from"
+        " a backup, or move it away to begin an empty one"
     )

@@ -11,7 +11,7 @@ import threading
 import time
 import uuid
 from base64 import b64encode
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -111,14 +111,17 @@ def open_s3(
     `connections` is shared by all stores of a process; a store that is given none makes its own.
     Credentials in the URL are refused.
     """
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        raise ConfigError("this is no URL of a bucket", backend="s3") from None
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     region = options.pop("region", "") or "us-east-1"
     endpoint = options.pop("endpoint", "")
     style = options.pop("style", "")
     flags = {name: options.pop(name, usual) for name, usual in _FLAGS.items()}
     shown = f"s3://{parts.netloc.rpartition('@')[2]}"
-    if "@" in parts.netloc or "@" in urlsplit(endpoint).netloc:
+    if "@" in parts.netloc or "@" in endpoint:
         raise ConfigError(
             f"{shown}: no credentials in URLs; use the environment, a profile or a role",
             backend="s3",
@@ -245,8 +248,9 @@ class S3Store:
             query["start-after"] = _cursor(cursor)[0]
         page = self._listing(query, may="s3:ListBucket")
         items = [self._listed(entry, page) for entry in page.iter("Contents")]
-        more = _text(page, "IsTruncated") == "true" and items
-        return Page(items, json.dumps([items[-1].key, ""]) if more else "")
+        if _text(page, "IsTruncated") != "true" or not items:
+            return Page(items)
+        return Page(items, self._advanced(cursor, [items[-1].key, ""]))
 
     def prefixes(self, prefix: str = "", delimiter: str = "/") -> Iterator[str]:
         query: dict[str, str | None]
@@ -255,9 +259,10 @@ class S3Store:
             page = self._listing(query, may="s3:ListBucket")
             for entry in page.iter("CommonPrefixes"):
                 yield _decoded(_text(entry, "Prefix"), page)
-            query["continuation-token"] = _text(page, "NextContinuationToken")
-            if _text(page, "IsTruncated") != "true" or not query["continuation-token"]:
+            token = _text(page, "NextContinuationToken")
+            if _text(page, "IsTruncated") != "true" or not token:
                 return
+            query["continuation-token"] = token
 
     def stat(self, ref: ObjectRef) -> ObjectInfo:
         info = self._head(ref.key, ref.version_id)
@@ -274,7 +279,7 @@ class S3Store:
     ) -> ObjectInfo:
         key, version = ref.key, _version_of(ref)
         headers = list(self._usual)
-        if ref.etag and not version:
+        if ref.etag and not version and _is_header(ref.etag):
             headers.append(("If-Match", f'"{ref.etag}"'))
         is_range = start > 0 or length is not None
         if is_range:
@@ -291,10 +296,13 @@ class S3Store:
                 raise self._error(response, key, version, may=may)
             info = self._pin(key, response.headers)
             self._expect(info, ref.version_id, ref.etag)
-            if response.status == 200:
-                skip, wanted = start, info.size - start if length is None else length
-            else:
-                skip, wanted = 0, info.size - start if length is None else length
+            skip = start if response.status == 200 else 0
+            if response.status == 206:
+                told = response.headers.get("content-range", "")
+                if not told.startswith(f"bytes {start}-"):
+                    message = f"{self._thing(key, version)}: the server sent another range"
+                    raise Unavailable(message, backend="s3")
+            wanted = info.size - start if length is None else length
             wanted = max(0, min(wanted, info.size - start))
             written = _write_all(response.chunks(), accept(info), skip, wanted)
         if written != wanted:
@@ -348,6 +356,9 @@ class S3Store:
         thing = self._thing(key)
         if os.fstat(fd).st_size < size:
             raise Unavailable(f"{thing}: there are less than {size} bytes to store", backend="s3")
+        if not all(map(_is_header, headers.values())):
+            message = f"{thing}: a header has control characters"
+            raise Unsupported(message, backend="s3", reason=Reason.UNSUPPORTED)
         fields = [*headers.items(), *_metadata_fields(metadata)]
         if tags:
             fields.append(("x-amz-tagging", _tag_field(tags)))
@@ -571,8 +582,11 @@ class S3Store:
         try:
             info = self._head(key, version)
             self._expect(info, version, etag)
-        except (NotFound, Changed):
-            written_at = _http_date(reply.get("date", ""))
+        except (NotFound, Changed, Denied):  # who may write need not be allowed to read
+            try:
+                written_at = _http_date(reply.get("date", ""))
+            except ValueError:
+                written_at = datetime.now(UTC)
             known = None if version == "null" else version
             token = "null" if version == "null" else ""
             return ObjectInfo(self.bucket, key, size, etag, written_at, known, token)
@@ -681,9 +695,20 @@ class S3Store:
                 marker = [_decoded(_text(entries[-1], "Key"), page), version]
             if only_latest:
                 items = [item for item in items if item.is_latest]
-            if items or marker is None:
-                return Page(items, json.dumps(marker) if marker else "")
+            if marker is None:
+                return Page(items)
+            cursor = self._advanced(cursor, marker)
+            if items:
+                return Page(items, cursor)
             query |= {"key-marker": marker[0], "version-id-marker": marker[1] or None}
+
+    def _advanced(self, cursor: str, marker: Sequence[str]) -> str:
+        """Return the cursor behind `marker`, having seen that the server's listing goes on."""
+        after = json.dumps(marker)
+        if after == cursor:
+            message = f"{self.bucket}: the server lists the same page again and again"
+            raise Unavailable(message, backend="s3")
+        return after
 
     def _listing(self, query: Mapping[str, str | None], *, may: str) -> Element:
         # Only so can a key with a control character be told: XML cannot hold those.
@@ -696,12 +721,18 @@ class S3Store:
         if version == "null":
             version, token = None, "null" if self._versioning() else ""
         storage_class = _text(entry, "StorageClass")
+        try:
+            size = int(_text(entry, "Size"))
+            modified_at = datetime.fromisoformat(_text(entry, "LastModified")).astimezone(UTC)
+        except ValueError as error:
+            message = f"{self.bucket}: the listing does not tell size and date"
+            raise Unavailable(message, backend="s3") from error
         return ObjectInfo(
             self.bucket,
             _decoded(_text(entry, "Key"), page),
-            int(_text(entry, "Size") or 0),
+            size,
             _text(entry, "ETag").strip('"'),
-            datetime.fromisoformat(_text(entry, "LastModified")).astimezone(UTC),
+            modified_at,
             version,
             token,
             storage_class="" if storage_class == "STANDARD" else storage_class,
@@ -796,7 +827,7 @@ class S3Store:
         """Send one request; in `query` what is `None` is left out."""
         target = self._path if key is None else self._path + _encoded(key)
         fields = "&".join(
-            f"{name}={quote(value, safe='')}" if value else name
+            f"{name}={_quoted(value)}" if value else name
             for name, value in query.items()
             if value is not None
         )
@@ -935,6 +966,19 @@ def _encoded(key: str) -> str:
     return quote(data)
 
 
+def _quoted(text: str) -> str:
+    try:
+        return quote(text, safe="", errors="surrogateescape")
+    except UnicodeEncodeError as error:
+        message = f"{_printable(text, 80)!r} cannot be written in UTF-8"
+        raise Unsupported(message, backend="s3", reason=Reason.UNSUPPORTED) from error
+
+
+def _is_header(value: str) -> bool:
+    """Return whether `value` can stand in a header: no line of its own, nothing a CRT refuses."""
+    return value.isprintable()
+
+
 def _decoded(text: str, page: Element) -> str:
     # A space is encoded as "+" by Amazon and as "%20" by others; a plus is "%2B" everywhere.
     is_encoded = _text(page, "EncodingType") == "url"
@@ -944,7 +988,7 @@ def _decoded(text: str, page: Element) -> str:
 def _cursor(text: str) -> tuple[str, str]:
     try:
         key, version = json.loads(text)
-    except ValueError:
+    except (TypeError, ValueError):
         key = version = None
     if not isinstance(key, str) or not isinstance(version, str):
         raise Unsupported("this is no cursor of an S3 listing", backend="s3")
@@ -954,7 +998,8 @@ def _cursor(text: str) -> tuple[str, str]:
 def _check_tags(tags: Mapping[str, str]) -> None:
     """Refuse what is above S3's limits (user guide: ten tags, 128 and 256 UTF-16 units)."""
     is_over = len(tags) > MAX_TAGS or any(
-        not 1 <= _units(name) <= 128 or _units(value) > 256 for name, value in tags.items()
+        not 1 <= _units(name) <= 128 or _units(value) > 256 or not (name + value).isprintable()
+        for name, value in tags.items()
     )
     if is_over:
         message = f"at most {MAX_TAGS} tags, with names up to 128 and values up to 256 characters"
@@ -978,7 +1023,8 @@ def _metadata_fields(metadata: Mapping[str, str]) -> Headers:
             raise Unsupported(message, backend="s3", reason=Reason.UNSUPPORTED)
         is_plain = value.isascii() and (not value or value.isprintable()) and value == value.strip()
         if not is_plain or "=?" in value:
-            value = f"=?UTF-8?B?{b64encode(value.encode()).decode('ascii')}?="  # noqa: PLW2901
+            data = b64encode(value.encode("utf-8", "replace")).decode("ascii")
+            value = f"=?UTF-8?B?{data}?="  # noqa: PLW2901 - the same value, as it travels
         fields.append((f"x-amz-meta-{name}", value))
     return fields
 

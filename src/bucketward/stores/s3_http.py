@@ -38,6 +38,9 @@ WINDOW = 1 << 20
 SMALL = 256 << 10
 """A body up to this size is waited for as a whole: one wake-up of the calling thread."""
 
+SLOWEST = 16 << 10
+"""Bytes per second below which a body is given up, after ten times `stall` for a start."""
+
 ATTEMPTS = 3
 RETRIED = frozenset({429, 500, 502, 503, 504})
 
@@ -121,7 +124,7 @@ class Signer:
         self._credentials = credentials
         self._known: tuple[Credentials, Any] | None = None
 
-    def sign(self, request: Any, payload: str) -> None:
+    def sign(self, request: Any, payload: str, thing: str) -> None:
         """Add the signature (version 4) to `request`; `payload` is the hash of its body."""
         # Encoded once and not normalised: `//` and `..` are ordinary in keys.
         config = awscrt.auth.AwsSigningConfig(
@@ -133,7 +136,11 @@ class Signer:
             signed_body_value=payload,
             signed_body_header_type=awscrt.auth.AwsSignedBodyHeaderType.X_AMZ_CONTENT_SHA_256,
         )
-        awscrt.auth.aws_sign_request(request, config).result(30)
+        try:
+            awscrt.auth.aws_sign_request(request, config).result(30)
+        except (AwsCrtError, FutureTimeoutError) as error:
+            message = f"{thing}: the request cannot be signed ({_crt_name(error)})"
+            raise Unavailable(message, backend="s3") from error
 
     def _provider(self) -> Any:
         credentials = self._credentials()
@@ -160,6 +167,7 @@ class Response:
         self._stall = stall
         self._sent = sent
         self._received = 0
+        self._waited = 0.0
         self._chunks: deque[bytes] = deque()
         self._wake = threading.Event()
         self._is_eager = False
@@ -235,14 +243,18 @@ class Response:
     def _wait(self, is_ready: Callable[[], bool]) -> None:
         progress = -1
         while not is_ready():
-            if not self._wake.wait(self._stall):
-                now = self._received + (self._sent.position if self._sent else 0)
-                if now == progress:
-                    self._connection.close()
-                    message = f"{self._thing}: nothing came for {self._stall:g} s"
-                    raise Unavailable(message, backend="s3")
-                progress = now
+            began = time.monotonic()
+            is_woken = self._wake.wait(self._stall)
             self._wake.clear()
+            self._waited += time.monotonic() - began
+            moved = self._received + (self._sent.position if self._sent else 0)
+            is_slow = self._waited > 10 * self._stall + moved / SLOWEST
+            if is_slow or (not is_woken and moved == progress):
+                self._connection.close()
+                what = "it comes too slowly" if is_slow else f"nothing came for {self._stall:g} s"
+                raise Unavailable(f"{self._thing}: {what}", backend="s3")
+            if not is_woken:
+                progress = moved
 
     def _on_response(self, status_code: int, headers: Headers, **_: object) -> None:
         known = self.headers
@@ -388,7 +400,6 @@ class Connections:
         is_fresh: bool,
     ) -> Response:
         while True:
-            connection, is_reused = self._connection(origin, is_fresh=is_fresh)
             sent: FileBody | None = None
             fields = awscrt.http.HttpHeaders([("Host", origin.authority), *headers])
             stream: Any = None
@@ -402,15 +413,17 @@ class Connections:
             if digest:
                 fields.add("Content-MD5", digest)
             request = awscrt.http.HttpRequest(method, target, fields, stream)
-            signer.sign(request, payload)
+            signer.sign(request, payload, thing)
+            connection, is_reused = self._connection(origin, is_fresh=is_fresh)
             response = Response(method, thing, stall, sent)
             try:
                 response._begin(  # noqa: SLF001 - one thing in two classes
                     connection, request, lambda it: self._give_back(origin, it)
                 )
             except AwsCrtError as error:  # closed between our look and our use
+                is_stale = is_reused and not connection.is_open()
                 response.close()
-                if is_reused:
+                if is_stale:
                     continue
                 raise Unavailable(
                     f"{thing}: no answer ({_crt_name(error)})", backend="s3"

@@ -62,6 +62,9 @@ class QueueSuite:
     max_deliveries = 3
     """As the fixture set it up; at least 2, or 0 if this queue never sets messages aside."""
 
+    many = 400
+    """How many messages are a crowd; fewer where the server is a slow stand-in."""
+
     is_exact = True
     """Whether a message never comes twice within one lease.  At-least-once permits it."""
 
@@ -153,7 +156,7 @@ class QueueSuite:
         assert time.monotonic() - started < 1
 
     def test_an_empty_queue_waits_as_long_as_it_was_told(self, queue: Queue) -> None:
-        wait = max(2 * self.tick, 0.5)
+        wait = max(self.tick, 0.3)
         started = time.monotonic()
         messages = queue.receive(10, wait)
         waited = time.monotonic() - started
@@ -169,7 +172,7 @@ class QueueSuite:
         assert time.monotonic() - started < 5
 
     def test_waiting_ends_when_something_comes(self, queue: Queue) -> None:
-        timer = threading.Timer(0.3, queue.send, [["late"]])
+        timer = threading.Timer(0.15, queue.send, [["late"]])
         timer.start()
         started = time.monotonic()
         messages = queue.receive(10, 15)
@@ -204,10 +207,10 @@ class QueueSuite:
 
     def test_a_lease_hides_the_message(self, queue: Queue) -> None:
         queue.send(["body"])
-        held = queue.extend(take(queue, 1), 30)
-
-        assert queue.receive(10, self.lease * 1.2) == []
-        assert len(held) == 1
+        (message,) = take(queue, 1)
+        while time.time() < message.leased_until - self.lease / 2:
+            assert queue.receive(10, 0) == []
+            time.sleep(self.lease / 10)
 
     def test_a_lapsed_lease_brings_the_message_again(self, queue: Queue) -> None:
         queue.send(["body"])
@@ -227,17 +230,17 @@ class QueueSuite:
         queue.send(["body"])
         messages = queue.extend(take(queue, 1), self.tick)
         queue.ack(messages)
-        time.sleep(self.tick * 1.5)
+        time.sleep(self.tick * 1.1)
 
         assert queue.receive(10, 0) == []
         assert queue.dead(10, 0) == []
 
     def test_a_large_batch_is_acked_whole(self, queue: Queue) -> None:
         queue.send([str(i) for i in range(25)])
-        messages = queue.extend(take(queue, 25), max(self.tick, 0.5))
+        messages = queue.extend(take(queue, 25), max(self.tick, 0.3))
         assert len(messages) == 25
         queue.ack(messages)
-        time.sleep(max(self.tick, 0.5) * 1.2)
+        time.sleep(max(self.tick, 0.3) * 1.1)
 
         assert queue.receive(10, 0) == []
 
@@ -298,7 +301,7 @@ class QueueSuite:
     def test_giving_back_wakes_a_waiting_receiver(self, queue: Queue) -> None:
         queue.send(["body"])
         messages = queue.extend(take(queue, 1), 60)
-        timer = threading.Timer(0.3, queue.nack, [messages])
+        timer = threading.Timer(0.15, queue.nack, [messages])
         timer.start()
         started = time.monotonic()
         again = queue.receive(10, 15)
@@ -311,7 +314,7 @@ class QueueSuite:
     def test_what_is_given_back_with_a_delay_comes_after_it(self, queue: Queue) -> None:
         queue.send([str(i) for i in range(12)])
         messages = queue.extend(take(queue, 12), 60)
-        delay = max(2 * self.tick, 0.5)
+        delay = max(self.tick, 0.3)
         started = time.monotonic()
         queue.nack(messages, delay)
 
@@ -347,7 +350,7 @@ class QueueSuite:
 
     def test_extending_keeps_the_message(self, queue: Queue) -> None:
         queue.send([str(i) for i in range(25)])
-        messages = queue.extend(take(queue, 25), 30)
+        messages = queue.extend(queue.extend(take(queue, 25), 30), 2 * self.tick)
         started = time.time()
         again = queue.extend(messages, 60)
 
@@ -355,7 +358,8 @@ class QueueSuite:
         assert len(again) == 25
         for message in again:
             assert started + 55 < message.leased_until <= started + 65
-        assert queue.receive(10, self.lease * 1.2) == []
+        time.sleep(2.1 * self.tick)
+        assert queue.receive(10, 0) == []
         queue.ack(again)
         assert gone(queue)
 
@@ -376,10 +380,8 @@ class QueueSuite:
         held = queue.extend([*lapsed, *kept], 60)
 
         assert [m.id for m in held] == [m.id for m in kept]
-        # Nor did the attempt move the new holder's lease.
         assert queue.receive(10, 0) == []
-        (still,) = queue.extend([again], self.tick)
-        assert [m.id for m in queue.receive(10, 10)] == [still.id]
+        assert len(queue.extend([again], 30)) == 1, "the new holder was disturbed"
 
     def test_what_was_acked_is_lost(self, queue: Queue) -> None:
         queue.send(["one", "two"])
@@ -419,8 +421,9 @@ class QueueSuite:
         queue.send(["body"])
         (message,) = queue.extend(take(queue, 1), self.tick)
         queue.bury(message, "reason")
+        time.sleep(self.tick * 1.1)
 
-        assert queue.receive(10, max(self.tick * 2, 0.3)) == []
+        assert queue.receive(10, 0) == []
 
     @pytest.mark.parametrize("reason", ["", "r" * 5000, "\x00\x1b[31m\n\ud800"], ids=len)
     def test_a_hard_reason_buries_all_the_same(self, queue: Queue, reason: str) -> None:
@@ -498,7 +501,7 @@ class QueueSuite:
     def test_waiting_for_dead_letters_ends_when_one_comes(self, queue: Queue) -> None:
         queue.send(["body"])
         (message,) = queue.extend(take(queue, 1), 60)
-        timer = threading.Timer(0.3, queue.bury, [message, "reason"])
+        timer = threading.Timer(0.15, queue.bury, [message, "reason"])
         timer.start()
         started = time.monotonic()
         dead = queue.dead(10, 15)
@@ -592,13 +595,13 @@ class QueueSuite:
 
     # Many at once
 
-    def test_eight_threads_take_four_hundred_messages_and_lose_none(self, queue: Queue) -> None:
-        bodies = [str(i) for i in range(400)]
+    def test_eight_threads_take_many_messages_and_lose_none(self, queue: Queue) -> None:
+        bodies = [str(i) for i in range(self.many)]
         queue.send(bodies)
         acked: list[str] = []
 
         def consume() -> None:
-            while messages := queue.receive(10, 2 * self._moment):
+            while messages := queue.receive(10, self._moment):
                 queue.ack(messages)
                 acked.extend(m.body for m in messages)
 
@@ -620,7 +623,7 @@ class QueueSuite:
             return work
 
         def consume() -> None:
-            while messages := queue.receive(10, 2 * self._moment):
+            while messages := queue.receive(10, self._moment):
                 taken.extend(m.body for m in messages)
                 queue.ack(messages)
 
@@ -634,7 +637,7 @@ class QueueSuite:
         tally = Tally()
 
         def quarrel() -> None:
-            while messages := queue.receive(5, 2 * self._moment):
+            while messages := queue.receive(5, self._moment):
                 for message in queue.extend(messages, 30):
                     turn = tally.count(message.body)
                     if turn == 1 and self.max_deliveries != 1:

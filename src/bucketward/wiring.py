@@ -121,6 +121,7 @@ class House:
         self._closing = threading.Event()
         self._stores: dict[tuple[str, str], Store] = {}
         self._quarantines: dict[str, str] = {}
+        self._watched_since: dict[str, datetime] = {}
 
     def __enter__(self) -> House:
         return self
@@ -488,6 +489,7 @@ class House:
 
         # Before its first event: one of a bucket that is not known to be protected is refused.
         self.settings.refresh()
+        self._watched_since[bucket] = datetime.now(UTC)
         return Watch(
             {bucket: folder},
             lambda refs: self.queue.send([encode([ref]) for ref in refs]),
@@ -514,7 +516,8 @@ class House:
             if protected is None:
                 return
             try:
-                older = datetime.now(UTC) - settle
+                # What came since the watch began, the watch announces.
+                older = self._watched_since.pop(bucket, datetime.now(UTC) - settle)
                 store = self.protected_store(protected)
                 found = sweep(
                     self.ledger,

@@ -74,7 +74,7 @@ def set_up_logging(config: Config, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(config.log.level.upper())
-    for noisy in ("botocore", "boto3", "urllib3", "watchfiles", "uvicorn.access"):
+    for noisy in ("botocore", "boto3", "urllib3", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

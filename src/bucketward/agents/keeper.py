@@ -39,7 +39,8 @@ def sweep(
     """Enqueue every object version of a bucket that has no verdict; return how many.
 
     Only objects modified at or before `older_than` count, so that those whose own event is on its
-    way are left to it; also those of the future, since anybody can set a file's time; and none from before the bucket was protected (`Protected.since`).
+    way are left to it; also those of the future, since anybody can set a file's time; and
+    none from before the bucket was protected (`Protected.since`).
     """
     since = datetime.fromisoformat(protected.since) if protected.since else None
     future = datetime.now(UTC) + timedelta(minutes=5)  # or our clocks differ

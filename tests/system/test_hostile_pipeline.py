@@ -5,24 +5,32 @@ import hashlib
 import io
 import json
 import os
+import signal
 import socket
+import sqlite3
 import stat
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 
+import psutil
 import pytest
 
 import hostile
-from bucketward.engines.clamav import Limits, open_clamav
-from bucketward.errors import NotFound, Unsupported
+from bucketward.engines.clamav import Limits, demo_signatures, open_clamav
+from bucketward.engines.yara import open_yara
+from bucketward.errors import ConfigError, NotFound, Unsupported
 from bucketward.ledger import QueuedResults
 from bucketward.model import ObjectRef, Verdict
 from bucketward.queues.sqlite import SqliteQueue
+from bucketward.spool import MIB
 from conftest import eicar
 from house_kit import put, wait_for
-from pipeline_kit import Meddler, Pipeline
+from pipeline_kit import Meddler, Peak, Pipeline, WatchedSpool
 
 LIMITS = Limits(scan_size=100 << 20, files=10_000, threads=8)
 
@@ -730,7 +738,7 @@ def test_a_result_that_cannot_be_recorded_is_buried_and_stops_nobody(make):
     pipeline.run(1, seconds=15)
 
     assert [result.object.key for result in pipeline.seen] == ["next"]
-    assert len(pipeline.dead()) == 1
+    assert len(wait_for(pipeline.dead)) == 1
     assert pipeline.queue.dead(10, 0) == []
 
 
@@ -753,3 +761,390 @@ def test_results_from_elsewhere_that_are_rubbish_stop_no_others(make):
     assert len(sent.dead(100, 0)) == 10
     assert sent.depth().waiting == sent.depth().in_flight == 0
     sent.close()
+
+
+# -- engines that hang, lie and die ----------------------------------------------------------------
+
+
+def _daemon(engine):
+    return psutil.Process(engine._managed.clamd.wait(time.monotonic() + 20).pid)
+
+
+def test_an_engine_that_hangs_costs_the_late_file_its_verdict_and_no_other(make, clamav):
+    pipeline = make(buckets={"hurried": {"deadline": 1.0}})
+    pipeline.scan(warm=b"warm")
+    hung = _daemon(clamav)
+    pipeline.upload("late", b"late", folder="hurried")
+    for n in range(30):
+        pipeline.upload(f"{n}", eicar() if n % 3 == 0 else b"%d" % n)
+    hung.send_signal(signal.SIGSTOP)
+    pipeline.announce("late", folder="hurried")
+    pipeline.announce(*(f"{n}" for n in range(30)))
+    results = pipeline.run(32)
+
+    assert (results["late"].verdict, results["late"].reasons) == (Verdict.UNSCANNABLE, ("timed-out",))
+    assert (pipeline.folder / "hurried" / "late").read_bytes() == b"late"
+    for n in range(30):
+        expected = Verdict.INFECTED if n % 3 == 0 else Verdict.CLEAN
+        assert results[f"{n}"].verdict is expected
+    assert not hung.is_running()
+    assert _daemon(clamav).pid != hung.pid
+    assert pipeline.dead() == []
+
+
+def test_an_engine_that_is_killed_over_and_over_loses_nothing(make, clamav):
+    pipeline = make()
+    for n in range(300):
+        pipeline.upload(f"{n}", eicar() if n % 10 == 0 else b"%d" % n)
+    pipeline.sweep()
+    with pipeline.agent() as agent:
+        for _ in range(3):
+            _daemon(clamav).kill()
+            time.sleep(0.2)
+        wait_for(lambda: len(pipeline.seen) >= 300 and pipeline.is_done(agent), 40)
+
+    verdicts = {result.object.key: result.verdict for result in pipeline.seen}
+    assert verdicts == {
+        f"{n}": Verdict.INFECTED if n % 10 == 0 else Verdict.CLEAN for n in range(300)
+    }
+    assert pipeline.dead() == []
+
+
+class Impostor:
+    """Listens where a clamd should, passes its examination, then answers as `say` does."""
+
+    def __init__(self, path):
+        self.path = str(path)
+        self.say = None
+        self.asked = 0
+        self._stopping = threading.Event()
+        self._thread = None
+
+    def start(self):
+        self._stopping.clear()
+        self._server = socket.socket(socket.AF_UNIX)
+        self._server.bind(self.path)
+        self._server.listen(50)
+        self._server.settimeout(0.05)
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def stop(self):
+        self._stopping.set()
+        self._thread.join()
+        self._server.close()
+        os.unlink(self.path)
+
+    def _accept(self):
+        while not self._stopping.is_set():
+            try:
+                connection, _ = self._server.accept()
+            except OSError:
+                continue
+            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+
+    def _serve(self, connection):
+        with connection:
+            connection.settimeout(10)
+            try:
+                if connection.recv(11, socket.MSG_PEEK).startswith(b"zVERSION"):
+                    connection.sendall(b"ClamAV 1.4.6\0")
+                    return
+                connection.recv(11)
+                number = 0
+                while not self._stopping.is_set() and connection.recv(8, socket.MSG_WAITALL):
+                    number += 1
+                    _, fds, _, _ = socket.recv_fds(connection, 1, 1)
+                    body = os.pread(fds[0], 100, 0)
+                    os.close(fds[0])
+                    if body.startswith(b"PK\3\4"):
+                        found = b"Heuristics.Encrypted.Zip"
+                        connection.sendall(b"%d: fd[7]: %s FOUND\0" % (number, found))
+                        continue
+                    self.asked += 1
+                    if self.say is None:
+                        connection.sendall(b"%d: fd[7]: OK\0" % number)
+                        continue
+                    self.say(connection)
+                    return
+            except (OSError, ValueError):
+                return
+
+
+def _flood(connection):
+    while True:
+        connection.sendall(b"x" * 65_536)
+
+
+LIES = {
+    "closes": lambda c: None,
+    "resets": lambda c: c.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)),
+    "rubbish": lambda c: c.sendall(b"\xff\xfe\0\1" * 100),
+    "bare-ok": lambda c: c.sendall(b"OK\0"),
+    "the-answer-of-another": lambda c: c.sendall(b"77: fd[7]: OK\0"),
+    "half-an-answer": lambda c: c.sendall(b"1: fd[7]: O"),
+    "out-of-memory": lambda c: c.sendall(b"1: Can't allocate memory ERROR\0"),
+    "never-ends": _flood,
+}
+
+
+@pytest.fixture
+def impostor(tmp_path):
+    engine = None
+    fake = Impostor(tmp_path / "clamd.ctl")
+    fake.start()
+    try:
+        engine = open_clamav(f"clamav://{fake.path}")
+        fake.engine = engine
+        yield fake
+    finally:
+        if fake._thread.is_alive():
+            fake.stop()
+        if engine:
+            engine.close()
+
+
+@pytest.mark.parametrize("say", LIES.values(), ids=LIES)
+def test_an_engine_that_gives_no_answer_makes_an_error_in_the_end_and_never_clean(
+    make, impostor, say
+):
+    pipeline = make({"clamav": impostor.engine}, max_deliveries=2)
+    impostor.say = say
+    pipeline.upload("doc", b"harmless")
+    pipeline.announce("doc")
+    (result,) = pipeline.run(1).values()
+
+    assert result.verdict is Verdict.ERROR
+    assert impostor.asked >= 2
+    assert pipeline.kept() == {"doc": b"harmless"}
+    assert pipeline.verdict("doc") in {Verdict.ERROR, None}
+    assert set(pipeline.ledger.counters(pipeline.store.bucket, _today(result))) >= {"Error"}
+    if result.reasons == ("gave-up",):
+        (letter,) = pipeline.dead()
+        assert "gave up after 2 deliveries" in letter["reason"]
+    else:
+        assert result.reasons == ("engine-failed",)
+        assert pipeline.dead() == []
+    assert pipeline.queue.dead(10, 0) == []
+
+
+def _today(result):
+    return result.scanned_at.strftime("%Y-%m-%d")
+
+
+def test_an_engine_that_goes_away_for_a_while_burns_no_deliveries(make, impostor):
+    pipeline = make({"clamav": impostor.engine}, max_deliveries=2)
+    pipeline.scan(warm=b"warm")
+    impostor.stop()
+    for n in range(40):
+        pipeline.upload(f"{n}", b"%d" % n)
+    pipeline.sweep()
+    with pipeline.agent() as agent:
+        time.sleep(2.5)
+        assert len(pipeline.seen) == 1
+        impostor.start()
+        wait_for(lambda: len(pipeline.seen) == 41 and pipeline.is_done(agent), 20)
+
+    assert {result.verdict for result in pipeline.seen} == {Verdict.CLEAN}
+    assert pipeline.dead() == []
+
+
+def test_without_a_signature_database_nothing_is_received_and_nothing_is_lost(make, tmp_path):
+    signatures = tmp_path / "signatures"
+    signatures.mkdir()
+    engine = open_clamav(
+        "clamav:managed", data_dir=tmp_path / "own", signatures_dir=signatures, poll=0.1
+    )
+    try:
+        pipeline = make({"clamav": engine})
+        for n in range(20):
+            pipeline.upload(f"{n}", eicar() if n == 7 else b"%d" % n)
+        pipeline.sweep()
+        with pipeline.agent() as agent:
+            time.sleep(1.5)
+            assert pipeline.seen == []
+            depth = pipeline.queue.depth()
+            assert (depth.waiting, depth.in_flight) == (20, 0)
+            demo = next(demo_signatures().glob("*.ndb"))
+            (signatures / "test.ndb").write_bytes(demo.read_bytes())
+            wait_for(lambda: len(pipeline.seen) == 20 and pipeline.is_done(agent), 20)
+    finally:
+        engine.close()
+
+    verdicts = {result.object.key: result.verdict for result in pipeline.seen}
+    assert [key for key, verdict in verdicts.items() if verdict is Verdict.INFECTED] == ["7"]
+    assert set(verdicts.values()) == {Verdict.INFECTED, Verdict.CLEAN}
+
+
+# -- two engines -----------------------------------------------------------------------------------
+
+MARKED = b"marker-of-yara-only"
+SLOW = 'rule Slow { condition: uint8(0) == 0x21 and for all i in (0..filesize * 100000) : (uint8(i % 3) + 1 > 0) }\n'
+RULES = f"""
+rule Eicar {{ strings: $a = {{ {eicar().hex()} }} condition: $a }}
+rule Marked {{ strings: $a = "{MARKED.decode()}" condition: $a }}
+rule Mild {{ meta: severity = "suspicious" strings: $a = "mild-one" condition: $a }}
+{SLOW}
+"""
+
+
+@contextmanager
+def _yara(folder, text=RULES, **more):
+    folder.mkdir(exist_ok=True)
+    (folder / "rules.yar").write_text(text)
+    engine = open_yara(f"yara://{folder}", poll=0.1, **more)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@pytest.fixture(scope="module")
+def yara(tmp_path_factory):
+    with _yara(tmp_path_factory.mktemp("rules")) as engine:
+        yield engine
+
+
+def _engines(**required):
+    return [{"engine": name, "required": is_required} for name, is_required in required.items()]
+
+
+def _asked(result):
+    return [report.engine for report in result.reports]
+
+
+def test_two_engines_judge_in_series(make, clamav, yara):
+    both = {"clamav": clamav, "yara": yara}
+    pipeline = make(both, policy={"engines": _engines(clamav=True, yara=True)})
+    results = pipeline.scan(
+        plain=b"plain",
+        eicar=eicar(),
+        marked=MARKED,
+        mild=b"mild-one",
+        zip=hostile.zipped({"a": b"fine"}),
+        badzip=hostile.zipped({"a": eicar()}),
+        locked=hostile.encrypted_zip(b"x", aes=True),
+    )
+
+    assert {key: result.verdict for key, result in results.items()} == {
+        "plain": Verdict.CLEAN,
+        "eicar": Verdict.INFECTED,
+        "marked": Verdict.INFECTED,
+        "mild": Verdict.SUSPICIOUS,
+        "zip": Verdict.CLEAN,
+        "badzip": Verdict.INFECTED,
+        "locked": Verdict.UNSCANNABLE,
+    }
+    assert {tuple(_asked(result)) for result in results.values()} == {("clamav", "yara")}
+    assert results["zip"].reports[1].coverage == ("container-unopened",)
+    assert "encrypted" in results["locked"].reasons
+    assert {f.engine for f in results["eicar"].findings} == {"clamav", "yara"}
+
+
+def test_the_first_hit_ends_it_where_the_policy_says_so(make, clamav, yara):
+    policy = {"engines": _engines(yara=True, clamav=True), "stop_at_first_hit": True}
+    pipeline = make({"clamav": clamav, "yara": yara}, policy=policy)
+    results = pipeline.scan(eicar=eicar(), badzip=hostile.zipped({"a": eicar()}), mild=b"mild-one")
+
+    assert _asked(results["eicar"]) == ["yara"]
+    assert _asked(results["badzip"]) == _asked(results["mild"]) == ["yara", "clamav"]
+    assert results["badzip"].verdict is Verdict.INFECTED
+    assert results["mild"].verdict is Verdict.SUSPICIOUS
+
+
+def test_yara_by_itself_does_not_make_a_container_clean(make, yara):
+    policy = {"engines": _engines(yara=True), "unscannable": {"container-unopened": "move"}}
+    pipeline = make({"yara": yara}, policy=policy)
+    body = hostile.zipped({"a": b"fine"})
+    results = pipeline.scan(zip=body, plain=b"plain")
+
+    assert results["zip"].verdict is Verdict.UNSCANNABLE
+    assert results["zip"].reasons == ("container-unopened",)
+    assert results["plain"].verdict is Verdict.CLEAN
+    assert pipeline.jailed() == [body]
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_an_engine_that_is_not_there_matters_if_it_is_required(make, clamav, required):
+    pipeline = make({"clamav": clamav}, policy={"engines": _engines(clamav=True, yara=required)})
+    results = pipeline.scan(plain=b"plain", eicar=eicar())
+
+    assert results["eicar"].verdict is Verdict.INFECTED
+    assert results["plain"].verdict is (Verdict.ERROR if required else Verdict.CLEAN)
+    if required:
+        assert results["plain"].reasons == ("engine-failed",)
+        assert "yara" in results["plain"].message
+
+
+def test_rules_that_do_not_compile_are_named_at_the_start_and_refused_later(
+    make, clamav, tmp_path, caplog
+):
+    broken = tmp_path / "broken"
+    with pytest.raises(ConfigError, match="rules.yar, line 1"), _yara(broken, "rule {"):
+        pass
+    with _yara(tmp_path / "rules") as yara:
+        (tmp_path / "rules" / "more.yar").write_text("rule Broken { condition: nonsense }")
+        wait_for(lambda: "stay in use" in caplog.text)
+        both = {"clamav": clamav, "yara": yara}
+        pipeline = make(both, policy={"engines": _engines(clamav=True, yara=True)})
+        results = pipeline.scan(marked=MARKED, plain=b"plain")
+
+    assert results["marked"].verdict is Verdict.INFECTED
+    assert results["plain"].verdict is Verdict.CLEAN
+
+
+def _yara_workers():
+    return [child for child in psutil.Process().children() if "yara" in child.cmdline()[-5:]]
+
+
+def test_yara_workers_that_are_killed_lose_nothing(make, clamav, tmp_path):
+    with _yara(tmp_path / "rules", workers=2) as yara:
+        both = {"clamav": clamav, "yara": yara}
+        pipeline = make(
+            both, policy={"engines": _engines(clamav=True, yara=True)}, max_deliveries=10
+        )
+        for n in range(200):
+            pipeline.upload(f"{n}", MARKED if n % 10 == 0 else b"%d" % n)
+        pipeline.sweep()
+        killed = 0
+        with pipeline.agent() as agent:
+            while killed < 4 and not pipeline.is_done(agent):
+                mine = {worker._process.pid for worker in yara._workers._idle}
+                for worker in _yara_workers():
+                    if worker.pid in mine:
+                        worker.kill()
+                        killed += 1
+                time.sleep(0.02)
+            wait_for(lambda: len(pipeline.seen) >= 200 and pipeline.is_done(agent), 30)
+
+    assert killed >= 4
+    verdicts = {result.object.key: result.verdict for result in pipeline.seen}
+    assert verdicts == {
+        f"{n}": Verdict.INFECTED if n % 10 == 0 else Verdict.CLEAN for n in range(200)
+    }
+
+
+@pytest.mark.parametrize("required", [True, False])
+def test_a_rule_without_end_is_ended_at_the_deadline(make, clamav, yara, required):
+    policy = {"deadline": 2.0, "engines": _engines(clamav=True, yara=required)}
+    pipeline = make({"clamav": clamav, "yara": yara}, policy=policy)
+    with pipeline.upload("slow", b"!").open("r+b") as file:
+        file.truncate(50 << 20)
+    pipeline.upload("plain", b"plain")
+    pipeline.upload("marked", MARKED)
+    pipeline.announce("slow", "plain", "marked")
+    started = time.monotonic()
+    results = pipeline.run(3)
+
+    assert time.monotonic() - started < 8
+    assert "timed-out" in results["slow"].reports[1].coverage
+    if required:
+        assert (results["slow"].verdict, results["slow"].reasons) == (
+            Verdict.UNSCANNABLE,
+            ("timed-out",),
+        )
+    else:
+        assert results["slow"].verdict is Verdict.CLEAN
+    assert results["plain"].verdict is Verdict.CLEAN
+    assert results["marked"].verdict is Verdict.INFECTED
+    assert all(worker.cpu_percent(0.1) < 50 for worker in _yara_workers())

@@ -782,7 +782,10 @@ def test_an_engine_that_hangs_costs_the_late_file_its_verdict_and_no_other(make,
     pipeline.announce(*(f"{n}" for n in range(30)))
     results = pipeline.run(32)
 
-    assert (results["late"].verdict, results["late"].reasons) == (Verdict.UNSCANNABLE, ("timed-out",))
+    assert (results["late"].verdict, results["late"].reasons) == (
+        Verdict.UNSCANNABLE,
+        ("timed-out",),
+    )
     assert (pipeline.folder / "hurried" / "late").read_bytes() == b"late"
     for n in range(30):
         expected = Verdict.INFECTED if n % 3 == 0 else Verdict.CLEAN
@@ -979,7 +982,7 @@ def test_without_a_signature_database_nothing_is_received_and_nothing_is_lost(ma
 # -- two engines -----------------------------------------------------------------------------------
 
 MARKED = b"marker-of-yara-only"
-SLOW = 'rule Slow { condition: uint8(0) == 0x21 and for all i in (0..filesize * 100000) : (uint8(i % 3) + 1 > 0) }\n'
+SLOW = "rule Slow { condition: uint8(0) == 0x21 and for all i in (0..filesize * 100000) : (uint8(i % 3) + 1 > 0) }\n"
 RULES = f"""
 rule Eicar {{ strings: $a = {{ {eicar().hex()} }} condition: $a }}
 rule Marked {{ strings: $a = "{MARKED.decode()}" condition: $a }}

@@ -34,6 +34,12 @@ app = typer.Typer(
 )
 bucket_app = typer.Typer(help="Protect buckets.", rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(bucket_app, name="bucket")
+setting_app = typer.Typer(
+    help="Read and change the settings: how each bucket is treated.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+app.add_typer(setting_app, name="setting")
 
 ConfigOption = Annotated[
     Path | None,
@@ -75,7 +81,9 @@ def up(config: ConfigOption = None) -> None:
     with _house(config) as house:
         from bucketward.service import run
 
-        run(house, {"event", "keeper", "receiver", "watch"}, seed=True)
+        parts = ("event", "keeper", "receiver", "watch")
+        enabled = {part for part in parts if getattr(house.config, part).enabled}
+        run(house, enabled, seed=True)
 
 
 @app.command()
@@ -163,6 +171,36 @@ def bucket_list(config: ConfigOption = None) -> None:
                     }
                 )
             )
+
+
+@setting_app.command("show")
+def setting_show(config: ConfigOption = None) -> None:
+    """Print the settings as JSON: layers global, accounts, regions and buckets."""
+    with _house(config) as house:
+        text, version = house.ledger.settings()
+        print(json.dumps({"version": version, "settings": json.loads(text)}, indent=2))
+
+
+@setting_app.command("change")
+def setting_change(
+    file: Annotated[
+        Path, typer.Argument(help="The new settings as JSON, all of them; - for standard input.")
+    ],
+    expected: Annotated[
+        int | None, typer.Option(help="Refuse unless the settings still are this version.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Replace the settings; agents that run go by them within 30 seconds."""
+    import getpass
+
+    with _house(config) as house:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}") from error
+        version = house.change_settings(text, expected, getpass.getuser())
+        print(f"the settings are version {version} now")
 
 
 def _bucket_url(given: str) -> str:

@@ -323,12 +323,15 @@ class Ledger:
 
     # -- protected buckets and settings ----------------------------------------------------------
 
-    def protect(self, bucket: Protected) -> bool:
-        """Enter a protected bucket; return whether it is new.  An entry there stays as it is."""
+    def protect(self, bucket: Protected, *, again: bool = False) -> bool:
+        """Enter a protected bucket; return whether it is new.
+
+        An entry that is there stays as it is, unless `again` is to replace it.
+        """
         body = json.dumps({s: getattr(bucket, s) for s in Protected.__slots__})
         record = Record(bucket.bucket, body, indexes={"all": ("all", bucket.bucket)})
         try:
-            self.state.commit([Put("buckets", record, version=0)])
+            self.state.commit([Put("buckets", record, version=None if again else 0)])
         except Changed:
             return False
         return True

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -385,12 +386,20 @@ class House:
             return known[store.bucket], False
         self._check_loops({*known, store.bucket})
         since = "" if url.startswith("file://") else datetime.now(UTC).isoformat()
-        route = ""
-        cloud = self.cloud(url, account)
-        if cloud is not None:
-            route = cloud.enrol(store.bucket, self.config.queue.url)
-        protected = Protected(store.bucket, url, account, store.region, route, since)
-        return protected, self.ledger.protect(protected)
+        protected = Protected(store.bucket, url, account, store.region, "", since)
+        # The ledger first: an event of a bucket that it does not know is refused.
+        if not self.ledger.protect(protected):
+            return self.ledger.protected()[store.bucket], False
+        try:
+            cloud = self.cloud(url, account)
+            if cloud is not None:
+                route = cloud.enrol(store.bucket, self.config.queue.url)
+                protected = replace(protected, route=route)
+                self.ledger.protect(protected, again=True)
+        except Error:
+            self.ledger.unprotect(store.bucket)
+            raise
+        return protected, True
 
     def unprotect(self, bucket: str) -> None:
         """Stop protecting a bucket, given by identity or by the URL it was protected with."""
@@ -406,8 +415,20 @@ class House:
             cloud.withdraw(protected.bucket)
         self.ledger.unprotect(protected.bucket)
 
-    def _check_loops(self, protected: Collection[str]) -> None:
-        settings = Settings.from_json(self.ledger.settings()[0])
+    def change_settings(self, text: str, expected: int | None, who: str) -> int:
+        """Replace the settings and return the new version.
+
+        `ConfigError` names everything that is wrong with them; `Changed` if they are not version
+        `expected` (`None`: whatever they are) any more.
+        """
+        settings = Settings.from_json(text)
+        self._check_loops(self.ledger.protected(), settings)
+        version = self.ledger.settings()[1] if expected is None else expected
+        return self.ledger.change_settings(settings.to_json(), version, who)
+
+    def _check_loops(self, protected: Collection[str], settings: Settings | None = None) -> None:
+        if settings is None:
+            settings = Settings.from_json(self.ledger.settings()[0])
         if problems := check_loops(settings, protected, quarantine=self.config.quarantine):
             raise ConfigError("; ".join(problems))
 
@@ -462,6 +483,7 @@ class House:
                 self.settings.current,
                 self.protected_store,
                 self.quarantine,
+                refresh=self.settings.refresh,
                 name=self.name,
                 threads=config.event.threads,
                 max_deliveries=config.queue.max_deliveries,
@@ -471,7 +493,7 @@ class House:
                 on_result=on_result,
                 on_ready=self._say_ready,
             )
-        if "receiver" in names and config.receiver.enabled:
+        if "receiver" in names:
             from bucketward.agents.receiver import Receiver
 
             yield Receiver(
@@ -480,7 +502,7 @@ class House:
                 config.receiver.port,
                 secret=config.receiver.secret.get_secret_value(),
             )
-        if "watch" in names and config.watch.enabled:
+        if "watch" in names:
             yield _Watches(self._watched, self._watch)
 
     def _watch(self, bucket: str, folder: Path) -> Part:

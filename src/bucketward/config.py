@@ -181,7 +181,7 @@ class QueueTable(Table):
 
     url: Url = Field(
         "sqlite:///$DATA/queue.db",
-        description="The queue: `sqlite:///` and a path, or `sqs://account/name?region=...`.",
+        description="The queue: `sqlite:///` and a path, or `sqs://region/account/name`.",
     )
     max_deliveries: Annotated[Number, Field(ge=2, le=1000)] = Field(
         5,

@@ -153,6 +153,8 @@ def test_the_first_minutes_in_an_empty_folder(folder):
         assert str(folder.quarantine) in up.log
         (folder.drop / "evil.com").write_bytes(eicar())
         (folder.drop / "fine.txt").write_bytes(b"hello")
+        forged = '\n{"level": "info", "message": "forged"}\n\x1b[2J'
+        (folder.drop / forged).write_bytes(b"hello")
         (folder.drop / "sub").mkdir()
         (folder.drop / "sub" / "évil.com").write_bytes(eicar())
         os.symlink("fine.txt", folder.drop / "link")
@@ -160,6 +162,8 @@ def test_the_first_minutes_in_an_empty_folder(folder):
         assert verdict_of(up, "fine.txt") == "Clean"
         assert verdict_of(up, "evil.com") == "Infected"
         assert verdict_of(up, "sub/évil.com") == "Infected"
+        assert verdict_of(up, forged) == "Clean"
+        assert "\x1b" not in up.log
 
         # Whoever reads the log is told what and where; JSON, as this is no terminal.
         [record] = results(up)["evil.com"]

@@ -772,15 +772,19 @@ def _daemon(engine):
 
 def test_an_engine_that_hangs_costs_the_late_file_its_verdict_and_no_other(make, clamav):
     pipeline = make(buckets={"hurried": {"deadline": 1.0}})
-    pipeline.scan(warm=b"warm")
-    hung = _daemon(clamav)
     pipeline.upload("late", b"late", folder="hurried")
     for n in range(30):
         pipeline.upload(f"{n}", eicar() if n % 3 == 0 else b"%d" % n)
-    hung.send_signal(signal.SIGSTOP)
-    pipeline.announce("late", folder="hurried")
-    pipeline.announce(*(f"{n}" for n in range(30)))
-    results = pipeline.run(32)
+    hung = _daemon(clamav)
+    with pipeline.agent() as agent:
+        pipeline.upload("warm", b"warm")
+        pipeline.announce("warm")
+        wait_for(lambda: pipeline.seen)
+        hung.send_signal(signal.SIGSTOP)
+        pipeline.announce("late", folder="hurried")
+        pipeline.announce(*(f"{n}" for n in range(30)))
+        wait_for(lambda: len(pipeline.seen) == 32 and pipeline.is_done(agent), 30)
+    results = {result.object.key: result for result in pipeline.seen}
 
     assert (results["late"].verdict, results["late"].reasons) == (
         Verdict.UNSCANNABLE,
@@ -793,6 +797,16 @@ def test_an_engine_that_hangs_costs_the_late_file_its_verdict_and_no_other(make,
     assert not hung.is_running()
     assert _daemon(clamav).pid != hung.pid
     assert pipeline.dead() == []
+
+
+def test_an_engine_that_hangs_before_we_begin_is_started_anew(make, clamav):
+    pipeline = make()
+    hung = _daemon(clamav)
+    hung.send_signal(signal.SIGSTOP)
+    results = pipeline.scan(doc=eicar())
+
+    assert results["doc"].verdict is Verdict.INFECTED
+    assert not hung.is_running()
 
 
 def test_an_engine_that_is_killed_over_and_over_loses_nothing(make, clamav):

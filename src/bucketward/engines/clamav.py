@@ -312,6 +312,11 @@ class ClamAVEngine:
             try:
                 session.ping(deadline)
             except (_Broken, _Late) as error:
+                daemon = session.daemon
+                # While it does not answer nothing is sent to it, so no file's deadline ends it.
+                if isinstance(error, _Late) and daemon and not self._in_use.get(daemon.number):
+                    log.warning("clamav: clamd does not answer; it is started anew")
+                    self._recycle(daemon)
                 raise Unavailable(f"clamd does not answer: {error}", backend="clamav") from error
         self._source.signatures()
 

@@ -167,12 +167,11 @@ class Table(BaseModel):
 
 
 class StateTable(Table):
-    """Where the ledger is kept: results, settings, jobs, people."""
+    """Where the ledger is kept: results, settings, protected buckets."""
 
     url: Url = Field(
         "sqlite:///$DATA/state.db",
-        description="The database: `sqlite:///` and a path, `postgresql://host/database`, "
-        "`dynamodb://table?region=...`.",
+        description="The database: `sqlite:///` and a path.",
     )
 
 

@@ -20,7 +20,9 @@ from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 from bucketward.agents.event import EventAgent
+from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import Keeper, sweep
+from bucketward.agents.watch import Watch, Watches
 from bucketward.config import ClamavEngine, Config, YaraEngine, url_path
 from bucketward.errors import ConfigError, Error, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
@@ -493,6 +495,8 @@ class House:
                 on_result=on_result,
                 on_ready=self._say_ready,
             )
+            if self.results_queue is None:
+                yield Heartbeat(self.ledger, self.name, self.engines)
         if "receiver" in names:
             from bucketward.agents.receiver import Receiver
 
@@ -503,10 +507,9 @@ class House:
                 secret=config.receiver.secret.get_secret_value(),
             )
         if "watch" in names:
-            yield _Watches(self._watched, self._watch)
+            yield Watches(self._watched, self._watch)
 
-    def _watch(self, bucket: str, folder: Path) -> Part:
-        from bucketward.agents.watch import Watch
+    def _watch(self, bucket: str, folder: Path) -> Watch:
         from bucketward.stores.file import key_of
 
         # Before its first event: one of a bucket that is not known to be protected is refused.
@@ -669,7 +672,6 @@ class House:
                 folder_of(url).parent.mkdir(parents=True, exist_ok=True)
 
 
-_FOLLOW_SECONDS = 2.0
 UP_LOCK = "up.lock"
 """Held by `bucketward up`, in the data folder."""
 
@@ -687,67 +689,6 @@ class Part(Protocol):
 
     def stop(self) -> None:
         """Stop in good order and return."""
-
-
-class _Watches:
-    """One watch for each protected directory, in step with what is protected."""
-
-    def __init__(
-        self, wanted: Callable[[], Mapping[str, Path]], make: Callable[[str, Path], Part]
-    ) -> None:
-        self._wanted = wanted
-        self._make = make
-        self._running: dict[str, Part] = {}
-        self._problem = ""
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="watches")
-
-    def start(self) -> None:
-        """Watch what is protected now, and from now on; `ConfigError` if that cannot be."""
-        try:
-            self._step()
-        except BaseException:
-            self._stop_all()
-            raise
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stop watching."""
-        self._stopping.set()
-        self._thread.join()
-        self._stop_all()
-
-    def _stop_all(self) -> None:
-        while self._running:
-            self._running.popitem()[1].stop()
-
-    def _follow(self) -> None:
-        while not self._stopping.wait(_FOLLOW_SECONDS):
-            try:
-                self._step()
-                self._problem = ""
-            except Error as error:
-                if str(error) != self._problem:
-                    self._problem = str(error)
-                    log.error("%s", error)
-
-    def _step(self) -> None:
-        wanted = self._wanted()
-        for bucket in self._running.keys() - wanted.keys():
-            self._running.pop(bucket).stop()
-            log.info("%s is not watched any more", bucket)
-        problem: Error | None = None
-        for bucket in wanted.keys() - self._running.keys():
-            watch = self._make(bucket, wanted[bucket])
-            try:
-                watch.start()
-            except Error as error:
-                problem = error
-                continue
-            self._running[bucket] = watch
-            log.info("drop a file into %s and its verdict appears here", wanted[bucket])
-        if problem is not None:
-            raise problem
 
 
 def detect_type(file: Spooled) -> str:

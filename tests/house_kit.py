@@ -121,7 +121,7 @@ class Kit:
             self.queue,
             Scanner(self.engines, self.spool),
             more.pop("results", self.ledger),
-            self.settings.current,
+            more.pop("snapshot", self.settings.current),
             lambda protected: self.store,
             lambda protected, name: self.quarantine,
             threads=more.pop("threads", 4),

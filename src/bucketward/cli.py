@@ -34,6 +34,12 @@ app = typer.Typer(
 )
 bucket_app = typer.Typer(help="Protect buckets.", rich_markup_mode=None, no_args_is_help=True)
 app.add_typer(bucket_app, name="bucket")
+setting_app = typer.Typer(
+    help="Read and change the settings: how each bucket is treated.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+app.add_typer(setting_app, name="setting")
 
 ConfigOption = Annotated[
     Path | None,
@@ -75,7 +81,9 @@ def up(config: ConfigOption = None) -> None:
     with _house(config) as house:
         from bucketward.service import run
 
-        run(house, {"event", "keeper", "receiver", "watch"}, seed=True)
+        parts = ("event", "keeper", "receiver", "watch")
+        enabled = {part for part in parts if getattr(house.config, part).enabled}
+        run(house, enabled, seed=True)
 
 
 @app.command()
@@ -124,13 +132,16 @@ def version() -> None:
 
 @bucket_app.command("protect")
 def bucket_protect(
-    url: Annotated[str, typer.Argument(help="s3://bucket?region=..., file:///directory")],
+    url: Annotated[
+        str,
+        typer.Argument(help="s3://bucket?region=..., file:///directory, or a directory's path."),
+    ],
     account: Annotated[str, typer.Option(help="Name of the account, from the configuration.")] = "",
     config: ConfigOption = None,
 ) -> None:
     """Protect a bucket: its new objects announce themselves, and are scanned."""
     with _house(config) as house:
-        protected, is_new = house.protect(url, account=account)
+        protected, is_new = house.protect(_bucket_url(url), account=account)
         state = "is protected now" if is_new else "was protected already"
         print(f"{protected.bucket} {state}, route {protected.route or 'by hand'}")
 
@@ -141,7 +152,7 @@ def bucket_unprotect(
 ) -> None:
     """Stop protecting a bucket; its results stay."""
     with _house(config) as house:
-        house.unprotect(url)
+        house.unprotect(_bucket_url(url))
         print(f"{url} is not protected any more")
 
 
@@ -160,6 +171,43 @@ def bucket_list(config: ConfigOption = None) -> None:
                     }
                 )
             )
+
+
+@setting_app.command("show")
+def setting_show(config: ConfigOption = None) -> None:
+    """Print the settings as JSON: layers global, accounts, regions and buckets."""
+    with _house(config) as house:
+        text, version = house.ledger.settings()
+        print(json.dumps({"version": version, "settings": json.loads(text)}, indent=2))
+
+
+@setting_app.command("change")
+def setting_change(
+    file: Annotated[
+        Path, typer.Argument(help="The new settings as JSON, all of them; - for standard input.")
+    ],
+    expected: Annotated[
+        int | None, typer.Option(help="Refuse unless the settings still are this version.")
+    ] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Replace the settings; agents that run go by them within 30 seconds."""
+    import getpass
+
+    with _house(config) as house:
+        try:
+            text = sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file} cannot be read: {error}") from error
+        version = house.change_settings(text, expected, getpass.getuser())
+        print(f"the settings are version {version} now")
+
+
+def _bucket_url(given: str) -> str:
+    """Return the URL of a bucket; a directory that is there may be given as a path."""
+    if "://" not in given and Path(given).is_dir():
+        return Path(os.path.normpath(Path(given).absolute())).as_uri()
+    return given
 
 
 @contextmanager
@@ -183,18 +231,22 @@ def _house(path: Path | None) -> Iterator[House]:
 def main() -> None:
     """Run the command line; every expected failure is one clear message and an exit code."""
     code = _main()
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = _SIGNALLED + signal.SIGPIPE
+    if code < _SIGNALLED:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            code = _SIGNALLED + signal.SIGPIPE
     if code > _SIGNALLED:
-        # At once: a thread of ours may hang in a read, and nobody is there to read what is left.
+        # At once: a thread may hang in a read, and whoever reads what is left may not read on.
         os._exit(code)
     sys.exit(code)
 
 
 def _main() -> int:
     usage_error: type[Exception] = typer.BadParameter.__mro__[1]  # its public face; typer has none
+    if sys.argv[1:] == ["version"]:
+        version()  # typer would load pydantic, to see that it has no options
+        return CLEAN
     try:
         result = app(standalone_mode=False)
         return result if isinstance(result, int) else CLEAN

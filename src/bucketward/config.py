@@ -19,7 +19,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -49,6 +49,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12} | {
     "ti": 2**40,
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+_UNSAFE = re.compile("[%?#\x00-\x1f\x7f\udc80-\udcff]")
 _MAX_SECRET = 64 << 10
 _SECRET_WORDS = re.compile(r"passw|secret|token|credential|signature|access_?key", re.IGNORECASE)
 
@@ -117,14 +118,19 @@ def _url(value: Any, info: ValidationInfo) -> Any:
         )
     for scheme in ("file://", "sqlite:///"):
         if value.startswith(scheme + "$DATA/"):
-            return f"{scheme[:-1] if scheme.endswith('///') else scheme}" + str(
-                _path(value[len(scheme) :], info.context or {})
-            )
+            path = _path(value[len(scheme) :], info.context or {})
+            return f"{scheme[:-1] if scheme.endswith('///') else scheme}" + url_path(path)
     if parts.scheme == "file" and not value.startswith("file:///"):
         raise ValueError("needs an absolute path with three slashes, as in file:///srv/drop")
     if parts.scheme == "sqlite" and not value.startswith("sqlite:///"):
         raise ValueError("needs an absolute path, as in sqlite:///srv/state.db, or $DATA")
     return value
+
+
+def url_path(path: Path) -> str:
+    """Return a path as the file store writes it in a URL: only the needful is encoded."""
+    text = os.fsencode(path).decode("utf-8", "surrogateescape")
+    return _UNSAFE.sub(lambda found: quote(os.fsencode(found[0]), safe=""), text)
 
 
 def _optional_url(value: Any, info: ValidationInfo) -> Any:
@@ -161,12 +167,11 @@ class Table(BaseModel):
 
 
 class StateTable(Table):
-    """Where the ledger is kept: results, settings, jobs, people."""
+    """Where the ledger is kept: results, settings, protected buckets."""
 
     url: Url = Field(
         "sqlite:///$DATA/state.db",
-        description="The database: `sqlite:///` and a path, `postgresql://host/database`, "
-        "`dynamodb://table?region=...`.",
+        description="The database: `sqlite:///` and a path.",
     )
 
 
@@ -175,7 +180,7 @@ class QueueTable(Table):
 
     url: Url = Field(
         "sqlite:///$DATA/queue.db",
-        description="The queue: `sqlite:///` and a path, or `sqs://account/name?region=...`.",
+        description="The queue: `sqlite:///` and a path, or `sqs://region/account/name`.",
     )
     max_deliveries: Annotated[Number, Field(ge=2, le=1000)] = Field(
         5,

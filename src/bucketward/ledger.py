@@ -202,7 +202,7 @@ class Ledger:
             Put("results", Record(result.id, body, indexes=indexes, expires_at=expires), version=0)
         ]
         if result.action in ("move", "delete") and result.action_state == "done":
-            records.append(Delete("verdicts", verdict_id(info.bucket, info.key, info.identity)))
+            records.append(Delete("verdicts", verdict_id(info.bucket, info.key, info.version_id)))
         else:
             records.append(Put("verdicts", self._verdict_record(result)))
         if result.action_state != "pending":  # people are told how it ended
@@ -217,7 +217,7 @@ class Ledger:
 
     def _verdict_record(self, result: ScanResult) -> Record:
         info = result.object
-        key = verdict_id(info.bucket, info.key, info.identity)
+        key = verdict_id(info.bucket, info.key, info.version_id)
         body: dict[str, Any] = {
             "bucket": info.bucket,
             "key": info.key,
@@ -291,11 +291,15 @@ class Ledger:
 
     def verdicts(self, infos: Sequence[ObjectInfo]) -> Sequence[CurrentVerdict | None]:
         """Return the current verdict on each of these exact objects, `None` where there is none."""
-        keys = [verdict_id(i.bucket, i.key, i.identity) for i in infos]
-        found: dict[str, Record] = {}
+        keys = [verdict_id(i.bucket, i.key, i.version_id) for i in infos]
+        found: dict[str, CurrentVerdict] = {}
         for start in range(0, len(keys), _BATCH):
-            found.update(self.state.get("verdicts", keys[start : start + _BATCH]))
-        return [_load_verdict(found[key].body) if key in found else None for key in keys]
+            records = self.state.get("verdicts", keys[start : start + _BATCH])
+            found.update({key: _load_verdict(record.body) for key, record in records.items()})
+        return [
+            found[key] if key in found and found[key].identity == info.identity else None
+            for key, info in zip(keys, infos, strict=True)
+        ]
 
     def due_retries(self, limit: int = 100) -> Sequence[CurrentVerdict]:
         """Return objects with verdict Error whose next try is due."""
@@ -305,7 +309,8 @@ class Ledger:
 
     def retried(self, verdict: CurrentVerdict) -> None:
         """Take a verdict off the list of retries: it has been enqueued again."""
-        key = verdict_id(verdict.bucket, verdict.key, verdict.identity)
+        is_etag = verdict.identity.startswith("etag:")
+        key = verdict_id(verdict.bucket, verdict.key, None if is_etag else verdict.identity)
         stored = self.state.get("verdicts", [key]).get(key)
         if stored is None or "retry" not in stored.indexes:
             return
@@ -323,12 +328,15 @@ class Ledger:
 
     # -- protected buckets and settings ----------------------------------------------------------
 
-    def protect(self, bucket: Protected) -> bool:
-        """Enter a protected bucket; return whether it is new.  An entry there stays as it is."""
+    def protect(self, bucket: Protected, *, again: bool = False) -> bool:
+        """Enter a protected bucket; return whether it is new.
+
+        An entry that is there stays as it is, unless `again` is to replace it.
+        """
         body = json.dumps({s: getattr(bucket, s) for s in Protected.__slots__})
         record = Record(bucket.bucket, body, indexes={"all": ("all", bucket.bucket)})
         try:
-            self.state.commit([Put("buckets", record, version=0)])
+            self.state.commit([Put("buckets", record, version=None if again else 0)])
         except Changed:
             return False
         return True
@@ -509,9 +517,12 @@ def object_id(bucket: str, key: str) -> str:
     return _digest(bucket, key)
 
 
-def verdict_id(bucket: str, key: str, identity: str) -> str:
-    """Return the record key of the current verdict on one object version."""
-    return _digest(bucket, key, identity)
+def verdict_id(bucket: str, key: str, version_id: str | None) -> str:
+    """Return the record key of the current verdict on one object version.
+
+    Without versions a key has one verdict at a time, however often it is overwritten.
+    """
+    return _digest(bucket, key, version_id or "")
 
 
 def _digest(*parts: str) -> str:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from bucketward.config import ClamavEngine, Config, YaraEngine
 from bucketward.errors import ConfigError, Denied, Error, Unavailable, Unsupported
@@ -26,7 +26,7 @@ from bucketward.model import ObjectInfo, ObjectRef, Reason, ScanResult, Verdict,
 from bucketward.policy import Policy, Settings
 from bucketward.scan import Scanner, give_up
 from bucketward.service import printable, set_up_logging
-from bucketward.wiring import DEMO_WARNING, House
+from bucketward.wiring import DEMO_WARNING, House, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -227,7 +227,7 @@ def _target(house: House, target: str, policy: Policy) -> Iterator[_Job]:
         store = house.store(f"{bucket}?{parts.query}" if parts.query else bucket)
         yield from _listed(house, store, prefix, policy)
         return
-    path = Path(unquote(urlsplit(target).path) if target.startswith("file://") else target)
+    path = folder_of(target) if target.startswith("file://") else Path(target)
     path = Path(os.path.normpath(path.absolute()))  # not resolve(): links are not followed
     if path.is_symlink():
         raise Unsupported("is a symbolic link, which is not followed; name what it points to")
@@ -392,6 +392,7 @@ class _progress:  # noqa: N801 - used as a function
                 TextColumn("{task.fields[name]}", markup=False),
                 console=Console(stderr=True),
                 transient=True,
+                redirect_stdout=False,  # it is a file or a pipe
             )
         )
         task = bar.add_task("scan", total=None, found=0, name="")

@@ -18,7 +18,7 @@ from bucketward import __version__
 from bucketward.config import Config
 from bucketward.errors import ConfigError
 from bucketward.model import ScanResult, Verdict
-from bucketward.wiring import House
+from bucketward.wiring import UP_LOCK, House
 
 log = logging.getLogger(__name__)
 result_log = logging.getLogger("bucketward.results")
@@ -53,7 +53,8 @@ class TextFormatter(logging.Formatter):
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         line = f"{when}  {level}{printable(record.getMessage())}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            trace = self.formatException(record.exc_info).splitlines()
+            line += "".join(f"\n    {printable(each)}" for each in trace)
         return line
 
 
@@ -73,7 +74,7 @@ def set_up_logging(config: Config, stream: TextIO | None = None) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(config.log.level.upper())
-    for noisy in ("botocore", "boto3", "urllib3", "watchfiles", "uvicorn.access"):
+    for noisy in ("botocore", "boto3", "urllib3", "uvicorn"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -139,7 +140,7 @@ class _only_one:  # noqa: N801 - used as a function
     """Holds the lock of the data folder: one `up` per folder."""
 
     def __init__(self, config: Config) -> None:
-        self._path = config.data / "up.lock"
+        self._path = config.data / UP_LOCK
 
     def __enter__(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)

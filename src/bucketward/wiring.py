@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import logging
 import os
@@ -11,15 +12,18 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 from bucketward.agents.event import EventAgent
+from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import Keeper, sweep
-from bucketward.config import ClamavEngine, Config, YaraEngine
+from bucketward.agents.watch import Watch, Watches
+from bucketward.config import ClamavEngine, Config, YaraEngine, url_path
 from bucketward.errors import ConfigError, Error, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
 from bucketward.interfaces import (
@@ -120,6 +124,7 @@ class House:
         self._closing = threading.Event()
         self._stores: dict[tuple[str, str], Store] = {}
         self._quarantines: dict[str, str] = {}
+        self._watched_since: dict[str, datetime] = {}
 
     def __enter__(self) -> House:
         return self
@@ -326,7 +331,7 @@ class House:
         default = self.config.quarantine
         if default and urlsplit(default).scheme == urlsplit(protected.url).scheme:
             if default.startswith("file://"):
-                folder = Path(unquote(urlsplit(default).path))
+                folder = folder_of(default)
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             return self.store(_beside(protected.url, default), protected.account)
         with self._lock:
@@ -375,7 +380,7 @@ class House:
         The bucket is opened and tried first.  `ConfigError` where objects would go in circles.
         """
         if url.startswith("file://"):
-            Path(unquote(urlsplit(url).path)).mkdir(parents=True, exist_ok=True)
+            folder_of(url).mkdir(parents=True, exist_ok=True)
         store = self.store(url, account)
         store.ping()
         known = self.ledger.protected()
@@ -383,26 +388,49 @@ class House:
             return known[store.bucket], False
         self._check_loops({*known, store.bucket})
         since = "" if url.startswith("file://") else datetime.now(UTC).isoformat()
-        route = ""
-        cloud = self.cloud(url, account)
-        if cloud is not None:
-            route = cloud.enrol(store.bucket, self.config.queue.url)
-        protected = Protected(store.bucket, url, account, store.region, route, since)
-        return protected, self.ledger.protect(protected)
+        protected = Protected(store.bucket, url, account, store.region, "", since)
+        # The ledger first: an event of a bucket that it does not know is refused.
+        if not self.ledger.protect(protected):
+            return self.ledger.protected()[store.bucket], False
+        try:
+            cloud = self.cloud(url, account)
+            if cloud is not None:
+                route = cloud.enrol(store.bucket, self.config.queue.url)
+                protected = replace(protected, route=route)
+                self.ledger.protect(protected, again=True)
+        except Error:
+            self.ledger.unprotect(store.bucket)
+            raise
+        return protected, True
 
     def unprotect(self, bucket: str) -> None:
         """Stop protecting a bucket, given by identity or by the URL it was protected with."""
-        known = self.ledger.protected()
-        protected = known.get(bucket.partition("?")[0])
+        name = bucket.partition("?")[0]
+        if name.startswith("file://"):
+            # As the store would name it, which may be gone by now.
+            name = f"file://{url_path(Path(os.path.normpath(folder_of(bucket))))}"
+        protected = self.ledger.protected().get(name)
         if protected is None:
-            raise NotFound(f"{bucket.partition('?')[0]} is not protected; see bucket list")
+            raise NotFound(f"{name} is not protected; see bucket list")
         cloud = self.cloud(protected.url, protected.account)
         if cloud is not None and protected.route:
             cloud.withdraw(protected.bucket)
         self.ledger.unprotect(protected.bucket)
 
-    def _check_loops(self, protected: Collection[str]) -> None:
-        settings = Settings.from_json(self.ledger.settings()[0])
+    def change_settings(self, text: str, expected: int | None, who: str) -> int:
+        """Replace the settings and return the new version.
+
+        `ConfigError` names everything that is wrong with them; `Changed` if they are not version
+        `expected` (`None`: whatever they are) any more.
+        """
+        settings = Settings.from_json(text)
+        self._check_loops(self.ledger.protected(), settings)
+        version = self.ledger.settings()[1] if expected is None else expected
+        return self.ledger.change_settings(settings.to_json(), version, who)
+
+    def _check_loops(self, protected: Collection[str], settings: Settings | None = None) -> None:
+        if settings is None:
+            settings = Settings.from_json(self.ledger.settings()[0])
         if problems := check_loops(settings, protected, quarantine=self.config.quarantine):
             raise ConfigError("; ".join(problems))
 
@@ -457,6 +485,7 @@ class House:
                 self.settings.current,
                 self.protected_store,
                 self.quarantine,
+                refresh=self.settings.refresh,
                 name=self.name,
                 threads=config.event.threads,
                 max_deliveries=config.queue.max_deliveries,
@@ -466,7 +495,9 @@ class House:
                 on_result=on_result,
                 on_ready=self._say_ready,
             )
-        if "receiver" in names and config.receiver.enabled:
+            if self.results_queue is None:
+                yield Heartbeat(self.ledger, self.name, self.engines)
+        if "receiver" in names:
             from bucketward.agents.receiver import Receiver
 
             yield Receiver(
@@ -475,21 +506,26 @@ class House:
                 config.receiver.port,
                 secret=config.receiver.secret.get_secret_value(),
             )
-        if "watch" in names and config.watch.enabled and (watched := self._watched()):
-            from bucketward.agents.watch import Watch
-            from bucketward.stores.file import key_of
+        if "watch" in names:
+            yield Watches(self._watched, self._watch)
 
-            yield Watch(
-                watched,
-                lambda refs: self.queue.send([encode([ref]) for ref in refs]),
-                key_of=lambda _, path: key_of(path.split(b"/")),
-                resync=self._resync,
-                settle=config.watch.settle_seconds,
-            )
+    def _watch(self, bucket: str, folder: Path) -> Watch:
+        from bucketward.stores.file import key_of
+
+        # Before its first event: one of a bucket that is not known to be protected is refused.
+        self.settings.refresh()
+        self._watched_since[bucket] = datetime.now(UTC)
+        return Watch(
+            {bucket: folder},
+            lambda refs: self.queue.send([encode([ref]) for ref in refs]),
+            key_of=lambda _, path: key_of(path.split(b"/")),
+            resync=self._resync,
+            settle=self.config.watch.settle_seconds,
+        )
 
     def _watched(self) -> Mapping[str, Path]:
         return {
-            protected.bucket: Path(os.fsdecode(unquote(urlsplit(protected.url).path)))
+            protected.bucket: folder_of(protected.url)
             for protected in self.ledger.protected().values()
             if protected.url.startswith("file://")
         }
@@ -505,7 +541,8 @@ class House:
             if protected is None:
                 return
             try:
-                older = datetime.now(UTC) - settle
+                # What came since the watch began, the watch announces.
+                older = self._watched_since.pop(bucket, datetime.now(UTC) - settle)
                 store = self.protected_store(protected)
                 found = sweep(
                     self.ledger,
@@ -533,8 +570,6 @@ class House:
     def welcome(self, names: Collection[str]) -> Iterator[str]:
         """Yield what somebody who has just started us wants to know."""
         if "watch" in names:
-            for folder in self._watched().values():
-                yield f"drop a file into {folder} and its verdict appears here"
             yield f"infected files go to {self.config.quarantine.removeprefix('file://')}"
         if "receiver" in names and self.config.receiver.enabled:
             receiver = self.config.receiver
@@ -559,6 +594,8 @@ class House:
         yield from self._try(
             "spool", lambda: self.spool.reserve(self.spool.in_memory_below).close()
         )
+        if self.config.receiver.enabled:
+            yield from self._try("receiver", self._try_receiver)
         try:
             buckets = self.ledger.protected()
         except Error:
@@ -574,6 +611,14 @@ class House:
             yield name, str(error)
         else:
             yield f"{name} ({said})" if said else name, ""
+
+    def _try_receiver(self) -> str:
+        if is_up(self.config.data):
+            return "bucketward up runs"
+        (receiver,) = self.parts({"receiver"}, on_result=lambda _: None)
+        receiver.start()
+        receiver.stop()
+        return f"port {self.config.receiver.port} is free"
 
     def _ping_notifier(self, name: str) -> None:
         self.notifiers[name].ping()
@@ -622,11 +667,13 @@ class House:
         return ", ".join(notes) + f", quarantine {target.bucket}"
 
     def _make_folder(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme == "sqlite":
+        if urlsplit(url).scheme == "sqlite":
             with suppress(OSError):  # opening it says what is wrong
-                Path(unquote(parts.path)).parent.mkdir(parents=True, exist_ok=True)
+                folder_of(url).parent.mkdir(parents=True, exist_ok=True)
 
+
+UP_LOCK = "up.lock"
+"""Held by `bucketward up`, in the data folder."""
 
 DEMO_WARNING = (
     "ONLY BUCKETWARD'S DEMONSTRATION SIGNATURES ARE LOADED: nothing but the EICAR test file is "
@@ -660,6 +707,23 @@ def _beside(url: str, other: str) -> str:
     if "?" in other or parts.scheme != urlsplit(other).scheme or not parts.query:
         return other
     return f"{other}?{parts.query}"
+
+
+def is_up(data: Path) -> bool:
+    """Return whether a `bucketward up` runs on a data folder."""
+    try:
+        with (data / UP_LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def folder_of(url: str) -> Path:
+    """Return the path in a `file` or `sqlite` URL."""
+    return Path(os.fsdecode(unquote_to_bytes(urlsplit(url).path)))
 
 
 def _plain(url: str) -> str:

@@ -15,6 +15,7 @@ import threading
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -124,7 +125,7 @@ def is_sound(path):
 
 @contextmanager
 def raw(path):
-    db = sqlite3.connect(path, isolation_level=None, timeout=10)
+    db = sqlite3.connect(path, isolation_level=None, timeout=10, check_same_thread=False)
     try:
         yield db
     finally:
@@ -242,27 +243,49 @@ def test_many_processes_open_a_new_file_at_once(path):
     state.close()
 
 
-def test_many_threads_open_a_new_file_at_once(path):
-    states = at_once([lambda: SqliteState(path, TABLES)] * 8)
-    at_once([lambda s=s: s.commit([Add("counters", "n", {"n": 1})]) for s in states])
+def test_many_threads_open_a_new_file_at_once(tmp_path):
+    # Without waiting for each other's switch to the log, one in two of these rounds fails.
+    for number in range(10):
+        path = tmp_path / f"{number}.db"
+        states = at_once([partial(SqliteState, path, TABLES)] * 8)
+        at_once([partial(s.commit, [Add("counters", "n", {"n": 1})]) for s in states])
 
-    assert fields(states[0], "counters", "n") == {"n": 8}
-    for state in states:
-        state.close()
+        assert fields(states[0], "counters", "n") == {"n": 8}
+        for state in states:
+            state.close()
 
 
 def test_opening_again_does_not_drop_the_locks_of_the_first(path, state):
-    # POSIX locks of a process end when it closes any descriptor of the file.
-    with state._writing():
-        second = SqliteState.__new__(SqliteState)
-        with pytest.raises(Unavailable):
-            second.__init__(path, TABLES, lock_timeout=0.1)
-        process = run("state.commit([])", path)
-        time.sleep(1)
-        assert process.poll() is None
-    process.communicate(timeout=30)
+    # POSIX locks of a process end when it closes any descriptor of the file.  Then another process
+    # takes itself for the last one, and removes the log that we go on writing.
+    state.commit([put("before")])
+    second = SqliteState(path, TABLES)
+    for number in range(2):
+        process = run("state.commit([Add('counters', 'n', {'n': 1})]); state.close()", path)
+        process.communicate(timeout=60)
+        state.commit([put(f"after {number}")])
+    process = run("print(sorted(r.key for r in state.export('results').items))", path)
 
-    assert process.returncode == 0
+    assert process.communicate(timeout=60)[0] == "['after 0', 'after 1', 'before']\n"
+    second.close()
+
+
+def test_opening_waits_for_those_who_are_in_the_way_of_the_log(path, state):
+    state.commit([put("key")])
+    state.close()
+    with raw(path) as other:
+        other.execute("PRAGMA journal_mode = DELETE")
+        other.execute("BEGIN")
+        other.execute("SELECT * FROM state_results").fetchall()
+        with pytest.raises(Unavailable):
+            SqliteState(path, TABLES, lock_timeout=0.1)
+        timer = threading.Timer(0.5, other.execute, ["COMMIT"])
+        timer.start()
+        state = SqliteState(path, TABLES, lock_timeout=10)
+        timer.join()
+
+        assert set(state.get("results", ["key"])) == {"key"}
+    state.close()
 
 
 @pytest.mark.parametrize(
@@ -520,7 +543,7 @@ def test_no_writer_of_several_processes_starves(path):
             longest = max(longest, time.monotonic() - started)
         print(longest)
     """
-    processes = [run(script, path, number) for number in range(3)]
+    processes = [run(script, path, number) for number in range(2)]
     longest = [float(process.communicate(timeout=60)[0]) for process in processes]
 
     assert max(longest) < 8, "the time-out is 10"
@@ -707,6 +730,20 @@ def test_expired_records_are_removed_by_the_commits_that_follow(path, state, mon
     assert count(path, "other") == 0
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_expired_records_vanish",
+        "test_what_expired_counts_as_absent",
+        "test_many_expired_records_do_not_hide_the_others",
+    ],
+)
+def test_expiry_does_not_wait_for_the_removal(state, monkeypatch, name):
+    monkeypatch.setattr(sqlite, "_PURGED", 0)
+
+    getattr(StateSuite(), name)(state)
+
+
 def test_every_page_seeks_to_where_it_begins(state):
     state.commit([put(f"{i}", day="d", sort=f"{i % 10}") for i in range(100)])
     cursor = state.query("results", "day", "d", limit=50).cursor
@@ -765,12 +802,13 @@ def test_errors_show_no_bodies_or_statements(state):
     with pytest.raises(Unavailable) as refused:
         state.commit([put(f"{i}", body=json.dumps("secret" * 5000)) for i in range(50)])
     texts = []
-    error = refused.value
-    while error is not None:
+    errors = [refused.value]
+    while errors:
+        error = errors.pop()
         texts.append(f"{error} {error!r}")
-        error = error.__cause__ or error.__context__
+        errors += [e for e in (error.__cause__, error.__context__) if e]
 
-    assert len(texts) > 1
+    assert len(texts) > 2
     assert not any("secret" in text for text in texts)
 
 

@@ -154,6 +154,18 @@ def make_queue(moto, name):
     return sqs, url, dead
 
 
+def wait_until_announced(s3, bucket, sqs, url):
+    """Wait until events flow: Ceph takes a moment to heed a new notification."""
+    end = time.monotonic() + 60
+    while is_empty(sqs, url):
+        assert time.monotonic() < end, "no event ever came"
+        s3.put_object(Bucket=bucket, Key="probe", Body=b"probe")
+        time.sleep(0.2)
+    for version in s3.list_object_versions(Bucket=bucket)["Versions"]:
+        s3.delete_object(Bucket=bucket, Key=version["Key"], VersionId=version["VersionId"])
+    sqs.purge_queue(QueueUrl=url)
+
+
 def is_empty(sqs, url):
     found = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
     return (
@@ -203,6 +215,7 @@ def test_ceph_pushes_to_the_receiver_and_everything_ends_as_it_must(
         )
         with home.running("receiver") as receiver:
             receiver.wait_for("starting")
+            wait_until_announced(s3, inbox, sqs, url)
             foreign = upload_all(s3, inbox, samples, ordinary)
             with home.running("event"), home.running("keeper"):
                 wait_for_counts(home, f"s3://{inbox}", len(foreign), 120)

@@ -4,7 +4,7 @@ import pytest
 
 from bucketward.errors import ConfigError, Denied, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
-from bucketward.ledger import QueuedResults
+from bucketward.ledger import Protected, QueuedResults
 from bucketward.model import ObjectRef, Verdict
 from bucketward.queues.memory import MemoryQueue
 from house_kit import MARK, Kit, away, get, listing, put, today, wait_for
@@ -233,6 +233,19 @@ def test_an_event_for_a_foreign_bucket_is_refused_and_logged(kit, caplog):
 
     assert kit.seen == []
     assert "memory://other is not a protected bucket" in caplog.text
+
+
+def test_a_bucket_that_was_protected_a_moment_ago_is_not_refused():
+    kit = Kit()
+    kit.ledger.unprotect("memory://in")
+    stale = kit.settings.refresh()
+    kit.ledger.protect(Protected("memory://in", "memory://in"))
+    put(kit.store, "k", b"hello")
+    kit.announce("k")
+    with kit.agent(snapshot=lambda: stale, refresh=kit.settings.refresh):
+        wait_for(lambda: kit.seen)
+
+    assert kit.seen[0].verdict is Verdict.CLEAN
 
 
 def test_many_records_in_one_message_are_all_done(kit):

@@ -1,6 +1,7 @@
 import threading
 from datetime import UTC, datetime, timedelta
 
+from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import sweep
 from bucketward.errors import Unavailable
 from bucketward.events import decode
@@ -146,3 +147,15 @@ def test_of_three_keepers_one_does_the_work():
         keeper.stop()
 
     assert len({id(thread) for thread in swept}) == 1
+
+
+def test_a_heartbeat_says_what_an_agent_judges_by():
+    kit = Kit()
+    Heartbeat(kit.ledger, "agent-1", kit.engines).beat()
+    kit.engine.fail["signatures"] = [Unavailable("loading")]
+    Heartbeat(kit.ledger, "agent-2", kit.engines).beat()
+
+    one, two = kit.ledger.agents()
+    assert one["agent"] == "agent-1"
+    assert one["engines"]["clamav"]["digest"] == kit.engine.signatures().digest
+    assert "loading" in two["engines"]["clamav"]["problem"]

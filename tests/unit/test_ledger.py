@@ -273,3 +273,15 @@ def test_a_result_fits_whatever_the_engines_have_to_say():
     assert len(text) < 256 * 1024
     assert load_result(text).verdict is Verdict.INFECTED
     assert load_result(text).findings[0].signature.startswith("rule0")
+
+
+def test_an_unversioned_key_has_one_verdict_however_often_it_is_overwritten(ledger):
+    many = []
+    for i in range(20):
+        one = result("k", version=None, cause=f"m{i}")
+        many.append(replace(one, object=replace(one.object, etag=f"e{i}"), id=f"id{i}"))
+    ledger.record(many)
+
+    verdicts = ledger.verdicts([one.object for one in many])
+    assert [verdict is not None for verdict in verdicts] == [False] * 19 + [True]
+    assert len(ledger.state.export("verdicts").items) == 1

@@ -41,6 +41,7 @@ _REMEMBERED = 10_000  # messages given back that we remember
 _BACKOFF = 5.0  # seconds before the second delivery; doubles, up to the next
 _BACKOFF_MAX = 900.0
 _OUTAGE_POLL = 1.0
+_FOREIGN = 5.0  # seconds for which a bucket that is not protected is not looked up again
 
 
 @dataclass(slots=True)
@@ -57,7 +58,8 @@ class _Work:
 class EventAgent:
     """Consumes one queue until it is stopped.
 
-    `stores` opens a protected bucket, `quarantine` the bucket that infected objects of a protected
+    `snapshot` yields the settings to go by, `refresh` those of this moment.  `stores` opens a
+    protected bucket, `quarantine` the bucket that infected objects of a protected
     one go to; both may raise any error and cache by themselves.
     """
 
@@ -77,12 +79,15 @@ class EventAgent:
         poll: float = 1.0,
         on_result: Callable[[ScanResult], None] = lambda _: None,
         on_ready: Callable[[], None] = lambda: None,
+        refresh: Callable[[], Snapshot] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._queue = queue
         self._scanner = scanner
         self._results = results
         self._snapshot = snapshot
+        self._refresh = refresh if refresh is not None else snapshot
+        self._foreign: dict[str, float] = {}
         self._stores = stores
         self._quarantine = quarantine
         self._name = name
@@ -249,6 +254,8 @@ class EventAgent:
             if ref.bucket in snapshot.protected:
                 work.gone.append(ref)
         for ref in event.refs:
+            if ref.bucket not in snapshot.protected:
+                snapshot = self._look_again(ref.bucket, snapshot)
             protected = snapshot.protected.get(ref.bucket)
             if protected is None:
                 log.warning(
@@ -256,6 +263,24 @@ class EventAgent:
                 )
                 continue
             self._handle_object(work, ref, protected, snapshot, event)
+
+    def _look_again(self, bucket: str, snapshot: Snapshot) -> Snapshot:
+        """Return a snapshot read just now: the bucket may have been protected a moment ago.
+
+        Events of buckets that are not ours may come in any number: such a bucket is not looked up
+        again for some seconds.
+        """
+        if self._foreign.get(bucket, -_FOREIGN) > time.monotonic() - _FOREIGN:
+            return snapshot
+        try:
+            snapshot = self._refresh()
+        except ConfigError as error:
+            log.warning("keeping the settings of version %d: %s", snapshot.version, error)
+        if bucket not in snapshot.protected:
+            if len(self._foreign) >= _REMEMBERED:
+                self._foreign.clear()
+            self._foreign[bucket] = time.monotonic()
+        return snapshot
 
     def _handle_object(
         self,

@@ -39,9 +39,11 @@ def sweep(
     """Enqueue every object version of a bucket that has no verdict; return how many.
 
     Only objects modified at or before `older_than` count, so that those whose own event is on its
-    way are left to it, and none from before the bucket was protected (`Protected.since`).
+    way are left to it; also those of the future, since anybody can set a file's time; and
+    none from before the bucket was protected (`Protected.since`).
     """
     since = datetime.fromisoformat(protected.since) if protected.since else None
+    future = datetime.now(UTC) + timedelta(minutes=5)  # or our clocks differ
     found = 0
     cursor = ""
     while not stopping():
@@ -49,7 +51,7 @@ def sweep(
         infos = [
             info
             for info in page.items
-            if (older_than is None or info.modified_at <= older_than)
+            if (older_than is None or not older_than < info.modified_at < future)
             and (since is None or info.modified_at >= since)
         ]
         missing = [

@@ -35,6 +35,7 @@ PRIVATE = b".bucketward"
 _BATCH = 500
 _MAX_RETRY_SECONDS = 30.0
 _MEND_SECONDS = 2.0
+_FOLLOW_SECONDS = 2.0
 
 # linux/inotify.h
 _IN_CLOSE_WRITE, _IN_MOVED_FROM, _IN_MOVED_TO, _IN_CREATE = 0x8, 0x40, 0x80, 0x100
@@ -219,6 +220,67 @@ class Watch:
                 self._doubts[bucket] = time.monotonic() + max(self._settle, 1.0)
             else:
                 del self._doubts[bucket]
+
+
+class Watches:
+    """One watch for each protected directory, in step with what is protected."""
+
+    def __init__(
+        self, wanted: Callable[[], Mapping[str, Path]], make: Callable[[str, Path], Watch]
+    ) -> None:
+        self._wanted = wanted
+        self._make = make
+        self._running: dict[str, Watch] = {}
+        self._problem = ""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="watches")
+
+    def start(self) -> None:
+        """Watch what is protected now, and from now on; `ConfigError` if that cannot be."""
+        try:
+            self._step()
+        except BaseException:
+            self._stop_all()
+            raise
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop watching."""
+        self._stopping.set()
+        self._thread.join()
+        self._stop_all()
+
+    def _stop_all(self) -> None:
+        while self._running:
+            self._running.popitem()[1].stop()
+
+    def _follow(self) -> None:
+        while not self._stopping.wait(_FOLLOW_SECONDS):
+            try:
+                self._step()
+                self._problem = ""
+            except Error as error:
+                if str(error) != self._problem:
+                    self._problem = str(error)
+                    log.error("%s", error)
+
+    def _step(self) -> None:
+        wanted = self._wanted()
+        for bucket in self._running.keys() - wanted.keys():
+            self._running.pop(bucket).stop()
+            log.info("%s is not watched any more", bucket)
+        problem: Error | None = None
+        for bucket in wanted.keys() - self._running.keys():
+            watch = self._make(bucket, wanted[bucket])
+            try:
+                watch.start()
+            except Error as error:
+                problem = error
+                continue
+            self._running[bucket] = watch
+            log.info("drop a file into %s and its verdict appears here", wanted[bucket])
+        if problem is not None:
+            raise problem
 
 
 class _Tree:

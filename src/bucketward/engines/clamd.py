@@ -109,7 +109,6 @@ class _Home:
         self.source = source
         self.poll = poll
         self.salt = salt
-        self.is_demo = source.resolve() == demo_signatures().resolve()
         self.limits = Limits()
         self.options: Mapping[str, str] = {}
         self.program = ""
@@ -187,7 +186,7 @@ class Clamd:
                 )
         # Debian has clamd in /usr/sbin, which is not on everybody's path.
         found = shutil.which(
-            program, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/sbin:/usr/local/sbin"))
+            program, path=os.pathsep.join((*os.get_exec_path(), "/usr/sbin", "/usr/local/sbin"))
         )
         if found is None:
             raise ConfigError(
@@ -412,7 +411,7 @@ class _Owner:
             version=version if dated else f"{engine}, {_names(folder)}",
             updated_at=_updated_at(folder),
             count=count,
-            is_demo=self._home.is_demo,
+            is_demo=_is_demo(folder),
         )
         process.publish(signatures)
         self._home.say_problem("")
@@ -657,6 +656,14 @@ def _settings(home: _Home) -> Sequence[tuple[str, str]]:
 
 def _digest(*parts: object) -> str:
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _is_demo(folder: Path) -> bool:
+    """Return whether a set holds nothing but our demonstration signatures, wherever they lay."""
+    demo = {path.read_bytes() for path in demo_signatures().iterdir()}
+    most = max(map(len, demo))
+    paths = [path for path in folder.iterdir() if path.suffix[1:] in SIGNATURE_SUFFIXES]
+    return all(path.stat().st_size <= most and path.read_bytes() in demo for path in paths)
 
 
 def _listing(folder: Path) -> list[tuple[str, int, int, int]]:

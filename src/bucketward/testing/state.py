@@ -729,6 +729,29 @@ class StateSuite:
         with pytest.raises(Unsupported):
             state.export("results", cursor)
 
+    @pytest.mark.parametrize("newest_first", [False, True])
+    def test_no_cursor_leads_out_of_the_bounds(self, state: State, newest_first: bool) -> None:
+        state.commit([put(c, day="d", sort=c) for c in "abcdefgh"])
+        state.commit([put("secret", day="e", sort="d")])
+        self.settle(lambda: len(state.query("results", "day", "d").items) == 8)
+
+        for limit in range(1, 8):
+            for turned in (False, True):
+                other = state.query("results", "day", "d", limit=limit, newest_first=turned)
+                try:
+                    page = state.query(
+                        "results",
+                        "day",
+                        "d",
+                        low="c",
+                        high="f",
+                        after=other.cursor,
+                        newest_first=newest_first,
+                    )
+                except Unsupported:
+                    continue
+                assert {record.key for record in page.items} <= set("cde")
+
     def test_changing_its_indexes_moves_a_record(self, state: State) -> None:
         def write(**indexes: tuple[str, str]) -> None:
             state.commit([Put("results", Record("key", "{}", indexes=indexes))])

@@ -563,7 +563,8 @@ def test_new_signatures_are_followed_and_broken_ones_refused(tmp_path, caplog):
         fourth = judge(engine, b"it is brand-new")
 
     assert first.verdict is second.verdict is third.verdict is Verdict.INFECTED
-    assert not first.signatures.is_demo
+    assert first.signatures.is_demo
+    assert not second.signatures.is_demo
     assert second.signatures == third.signatures
     assert second.signatures.count == 2
     assert fourth.verdict is Verdict.CLEAN

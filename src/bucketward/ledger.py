@@ -297,7 +297,7 @@ class Ledger:
             records = self.state.get("verdicts", keys[start : start + _BATCH])
             found.update({key: _load_verdict(record.body) for key, record in records.items()})
         return [
-            found[key] if key in found and found[key].identity == info.identity else None
+            found[key] if key in found and _is_about(found[key], info) else None
             for key, info in zip(keys, infos, strict=True)
         ]
 
@@ -527,6 +527,16 @@ def verdict_id(bucket: str, key: str, version_id: str | None) -> str:
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256("\0".join(parts).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _is_about(verdict: CurrentVerdict, info: ObjectInfo) -> bool:
+    """Return whether a verdict is about exactly this object.
+
+    One on an object that could not be pinned is about whatever was there at the time.
+    """
+    if verdict.identity == "etag:":
+        return info.modified_at <= verdict.scanned_at
+    return verdict.identity == info.identity
 
 
 def _load_verdict(body: str) -> CurrentVerdict:

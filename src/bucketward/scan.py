@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
@@ -112,11 +112,26 @@ class Scanner:
         self._detect_type = detect_type
         self._now = now
 
-    def ping(self) -> None:
-        """Raise what keeps the spool, or the first unusable engine, from working."""
+    def ping(self, policies: Collection[Policy] = ()) -> None:
+        """Raise what keeps the spool, or an engine that is needed, from working.
+
+        Needed is what one of `policies` requires, all engines if none is given, and one in any
+        case: an optional engine that is broken holds up nobody.
+        """
         self.spool.ping()
-        for engine in self.engines.values():
-            engine.ping()
+        needed = {rule.engine for policy in policies for rule in policy.engines if rule.required}
+        problem: Unavailable | None = None
+        working = 0
+        for name, engine in self.engines.items():
+            try:
+                engine.ping()
+                working += 1
+            except Unavailable as error:
+                if name in needed or not policies:
+                    raise
+                problem = error
+        if problem is not None and not working:
+            raise problem
 
     def scan(
         self, store: Store, ref: ObjectRef, policy: Policy, *, cause: str, alone: bool = False

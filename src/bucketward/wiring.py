@@ -562,7 +562,11 @@ class House:
 
     def _say_ready(self) -> None:
         for name, engine in self.engines.items():
-            signatures = engine.signatures()
+            try:
+                signatures = engine.signatures()
+            except Error as error:
+                log.warning("engine %s does not work: %s", name, error)
+                continue
             log.info("engine %s: %s, %d signatures", name, signatures.version, signatures.count)
             if signatures.is_demo:
                 log.warning("%s", DEMO_WARNING.format(self.signatures))

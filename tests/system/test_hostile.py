@@ -359,6 +359,18 @@ def test_clamd_hangs_and_is_replaced_at_the_deadline(tmp_path):
     assert took < 10
 
 
+def test_one_hang_costs_one_file_of_those_that_began_together(tmp_path):
+    with managed(tmp_path) as engine:
+        judge(engine, b"warm")
+        daemon_of(engine).send_signal(signal.SIGSTOP)
+        with ThreadPoolExecutor(8) as threads:
+            reports = list(threads.map(lambda _: judge(engine, eicar(), 2.0), range(8)))
+
+    late = [report for report in reports if report.coverage == (Reason.TIMED_OUT,)]
+    assert len(late) == 1
+    assert sum(report.verdict is Verdict.INFECTED for report in reports) == 7
+
+
 def test_clamd_is_killed_and_every_file_still_gets_its_verdict(tmp_path):
     with managed(tmp_path) as engine, ThreadPoolExecutor(6) as threads:
         judge(engine, b"warm")

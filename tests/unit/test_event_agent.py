@@ -2,12 +2,13 @@ import time
 
 import pytest
 
+from bucketward.engines.memory import MemoryEngine
 from bucketward.errors import ConfigError, Denied, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
 from bucketward.ledger import Protected, QueuedResults
 from bucketward.model import ObjectRef, Verdict
 from bucketward.queues.memory import MemoryQueue
-from house_kit import MARK, Kit, away, get, listing, put, today, wait_for
+from house_kit import MARK, Failing, Kit, away, get, listing, put, today, wait_for
 
 
 @pytest.fixture(params=[True, False], ids=["versioned", "unversioned"])
@@ -279,6 +280,29 @@ def test_an_engine_that_is_down_burns_no_deliveries():
 
     assert result.verdict is Verdict.CLEAN
     assert kit.queue.calls.count("nack") == 0
+
+
+def test_an_optional_engine_that_is_broken_holds_up_nobody():
+    kit = Kit()
+    broken = Failing(MemoryEngine("yara", patterns={}))
+    broken.fail["ping"] = lambda: (_ for _ in ()).throw(away())
+    broken.fail["scan"] = [away()]
+    kit.engines["yara"] = broken
+    put(kit.store, "k", b"hello")
+    kit.announce("k")
+    (result,) = kit.run_until_idle(1)
+
+    assert result.verdict is Verdict.CLEAN
+
+
+def test_only_optional_engines_that_are_all_broken_are_waited_for():
+    kit = Kit(settings={"engines": [{"engine": "clamav", "required": False}]})
+    put(kit.store, "k", b"hello")
+    kit.engine.fail["ping"] = [away(), away()]
+    kit.announce("k")
+    (result,) = kit.run_until_idle(1)
+
+    assert result.verdict is Verdict.CLEAN
 
 
 def test_an_engine_that_goes_down_in_the_middle_is_waited_for():

@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 
 from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import sweep
-from bucketward.errors import Unavailable
+from bucketward.errors import Denied, Unavailable
 from bucketward.events import decode
 from bucketward.ledger import Protected, dump_result
 from bucketward.model import Verdict
@@ -159,3 +159,17 @@ def test_a_heartbeat_says_what_an_agent_judges_by():
     assert one["agent"] == "agent-1"
     assert one["engines"]["clamav"]["digest"] == kit.engine.signatures().digest
     assert "loading" in two["engines"]["clamav"]["problem"]
+
+
+def test_what_could_not_be_read_is_not_swept_again_and_again():
+    kit = Kit(versioned=False)
+    put(kit.store, "k", b"hello")
+    kit.store.fail["read"] = [Denied("no", reason="s3:GetObject")]
+    kit.store.fail["stat"] = [Denied("no", reason="s3:GetObject")]
+    kit.announce("k")
+    kit.run_until_idle(1)
+    protected = kit.ledger.protected()["memory://in"]
+
+    assert sweep(kit.ledger, kit.queue, kit.store, protected) == 0
+    put(kit.store, "k", b"written since")
+    assert sweep(kit.ledger, kit.queue, kit.store, protected) == 1

@@ -11,7 +11,7 @@ import queue as inboxes
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
@@ -29,6 +29,7 @@ from bucketward.events import Event, decode, encode
 from bucketward.interfaces import Queue, Store
 from bucketward.ledger import Protected, Results, Snapshot
 from bucketward.model import Message, ObjectRef, Reason, ScanResult
+from bucketward.policy import Policy
 from bucketward.scan import Scanner, give_up
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class EventAgent:
         if self._ready.is_set():
             return True
         try:
-            self._scanner.ping()
+            self._scanner.ping(self._policies())
             self._results.ping()
             self._on_ready()
         except Error as error:
@@ -194,7 +195,7 @@ class EventAgent:
     def _outage(self, error: Error) -> bool:
         """Return whether `error` is an outage of ours, and stop receiving while it lasts."""
         try:
-            self._scanner.ping()
+            self._scanner.ping(self._policies())
             self._results.ping()
         except Error as outage:
             if self._ready.is_set():
@@ -202,6 +203,10 @@ class EventAgent:
                 log.warning("not receiving: %s (%s)", outage, error)
             return True
         return False
+
+    def _policies(self) -> Collection[Policy]:
+        snapshot = self._snapshot()
+        return {id(p): p for p in map(snapshot.policy, snapshot.protected.values())}.values()
 
     def _return_inbox(self) -> None:
         messages = []

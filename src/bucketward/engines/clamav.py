@@ -69,6 +69,8 @@ _REPLY_LIMIT = 4096
 _CHUNK = 256 * 1024
 _SETTLED = 900.0
 """Seconds after which an external clamd has loaded what lies there (SelfCheck: 600)."""
+_GRACE = 30.0
+"""Seconds that a scan has once more when clamd was ended because of another file."""
 _PATIENCE = 10
 """How often a scan is begun anew because the daemon went away under it."""
 
@@ -337,6 +339,7 @@ class ClamAVEngine:
         self._in_use: dict[str, int] = {}
         self._counting = threading.Lock()
         self._ended_by_us: set[str] = set()
+        self._ending = threading.Lock()
         self._opens_rar: bool | None = None
         if self._managed is not None:
             self._managed.clamd.on_replace(lambda number: self._in_use.get(number, 0))
@@ -381,6 +384,7 @@ class ClamAVEngine:
             return self._scan_alone(file, started, deadline)
         suspected = False
         deaths = 0
+        grace = min(deadline - started, _GRACE)
         for _ in range(_PATIENCE):
             with self._gate.enter(deadline, alone=suspected):
                 session = self._session(deadline)
@@ -388,10 +392,17 @@ class ClamAVEngine:
                 try:
                     reply = session.scan(file, deadline)
                 except _Late:
-                    return self._late(session, signatures, started)
+                    late = self._late(session, signatures, started, has_grace=grace > 0)
+                    if late is not None:
+                        return late
+                    deadline, grace = time.monotonic() + grace, 0.0
+                    problem = _Broken("clamd was started anew")
+                    continue
                 except _Broken as error:
                     self._drop(session)
                     problem = error
+                    if grace and session.daemon is not None and self._ended_here(session.daemon):
+                        deadline, grace = max(deadline, time.monotonic() + grace), 0.0
                     if self._managed is None or session.daemon is None:
                         if session.number == 1:
                             break
@@ -429,7 +440,9 @@ class ClamAVEngine:
             try:
                 reply = session.scan(file, deadline)
             except _Late:
-                return self._late(session, signatures, started)
+                late = self._late(session, signatures, started, has_grace=False)
+                assert late is not None
+                return late
             except _Broken as error:
                 self._drop(session)
                 return EngineReport(
@@ -489,18 +502,29 @@ class ClamAVEngine:
     def _ended_here(self, daemon: Daemon) -> bool:
         return daemon.number in self._ended_by_us
 
-    def _recycle(self, daemon: Daemon) -> None:
+    def _recycle(self, daemon: Daemon) -> bool:
+        """End a daemon; return whether we are the first who did."""
         assert self._managed is not None
-        if len(self._ended_by_us) > 1000:
-            self._ended_by_us.clear()
-        self._ended_by_us.add(daemon.number)
+        with self._ending:
+            if len(self._ended_by_us) > 1000:
+                self._ended_by_us.clear()
+            is_first = daemon.number not in self._ended_by_us
+            self._ended_by_us.add(daemon.number)
         self._managed.clamd.recycle(daemon)
+        return is_first
 
-    def _late(self, session: _Session, signatures: Signatures, started: float) -> EngineReport:
+    def _late(
+        self, session: _Session, signatures: Signatures, started: float, *, has_grace: bool
+    ) -> EngineReport | None:
+        """Return the report on a file that was late, `None` if the daemon hung because of another.
+
+        One file that hangs clamd makes every other late that began with it; the first one that is
+        late answers for it, and the others have a grace, once, with a new daemon.
+        """
         self._drop(session)
-        if session.daemon is not None:
-            log.warning("clamav: a file took too long; clamd is started anew")
-            self._recycle(session.daemon)
+        if session.daemon is not None and not self._recycle(session.daemon) and has_grace:
+            return None
+        log.warning("clamav: a file took too long")
         return self._unscannable(started, signatures, Reason.TIMED_OUT, "clamd took too long")
 
     def _report(

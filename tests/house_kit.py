@@ -119,7 +119,7 @@ class Kit:
     def agent(self, **more):
         agent = EventAgent(
             self.queue,
-            Scanner(self.engines, self.spool),
+            Scanner(self.engines, self.spool, allowed=self.ledger.allowed),
             more.pop("results", self.ledger),
             more.pop("snapshot", self.settings.current),
             lambda protected: self.store,

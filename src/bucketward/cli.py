@@ -41,6 +41,11 @@ setting_app = typer.Typer(
 )
 app.add_typer(setting_app, name="setting")
 
+finding_app = typer.Typer(
+    help="What was found, and what is done about it.", rich_markup_mode=None, no_args_is_help=True
+)
+app.add_typer(finding_app, name="finding")
+
 ConfigOption = Annotated[
     Path | None,
     typer.Option("--config", help="Configuration file; see docs/configuration.md."),
@@ -173,6 +178,101 @@ def bucket_list(config: ConfigOption = None) -> None:
             )
 
 
+ScanIdArgument = Annotated[str, typer.Argument(help="The scan id, as finding list shows it.")]
+
+
+@finding_app.command("list")
+def finding_list(
+    day: Annotated[str, typer.Option(help="The UTC day, YYYY-MM-DD; today if not given.")] = "",
+    verdict: Annotated[
+        str, typer.Option(help="Infected, Suspicious, InfectedAllowed, Unscannable or Error.")
+    ] = "Infected",
+    config: ConfigOption = None,
+) -> None:
+    """List the results with one verdict of one day, newest first, one JSON line each."""
+    from datetime import UTC, datetime
+
+    from bucketward.ledger import dump_result
+
+    with _house(config) as house:
+        value = f"{verdict}|{day or datetime.now(UTC).strftime('%Y-%m-%d')}"
+        cursor = ""
+        while True:
+            page = house.ledger.results("verdict", value, cursor=cursor)
+            for result in page.items:
+                print(dump_result(result))
+            cursor = page.cursor
+            if not cursor:
+                return
+
+
+@finding_app.command("restore")
+def finding_restore(
+    scan_id: ScanIdArgument,
+    reason: Annotated[str, typer.Option(help="Why it is a false positive; kept.")],
+    only_here: Annotated[
+        bool, typer.Option("--only-here", help="Allow it under this key of this bucket alone.")
+    ] = False,
+    days: Annotated[float, typer.Option(help="Allow it for so many days; 0 for ever.")] = 0,
+    config: ConfigOption = None,
+) -> None:
+    """Bring an object back from quarantine as a false positive, and allow what was found in it."""
+    with _house(config) as house:
+        back = house.restore(scan_id, who=_user(), reason=reason, only_here=only_here, days=days)
+        print(f"{back.bucket} {back.key} is back, and allowed")
+
+
+@finding_app.command("delete")
+def finding_delete(scan_id: ScanIdArgument, config: ConfigOption = None) -> None:
+    """Delete a quarantined object for good."""
+    with _house(config) as house:
+        house.delete(scan_id, who=_user())
+        print("deleted for good")
+
+
+@finding_app.command("rescan")
+def finding_rescan(scan_id: ScanIdArgument, config: ConfigOption = None) -> None:
+    """Enqueue an object again; a running event agent scans it."""
+    with _house(config) as house:
+        ref = house.rescan(scan_id)
+        print(f"{ref.bucket} {ref.key} is enqueued")
+
+
+@finding_app.command("allowed")
+def finding_allowed(config: ConfigOption = None) -> None:
+    """List what is allowed, newest first, one JSON line each."""
+    with _house(config) as house:
+        cursor = ""
+        while True:
+            page = house.ledger.allow_list(cursor=cursor)
+            for entry in page.items:
+                fields = {name: getattr(entry, name) for name in type(entry).__slots__}
+                print(json.dumps({"id": entry.id, **fields}, default=str))
+            cursor = page.cursor
+            if not cursor:
+                return
+
+
+@finding_app.command("disallow")
+def finding_disallow(
+    entry_id: Annotated[str, typer.Argument(help="The id, as finding allowed shows it.")],
+    config: ConfigOption = None,
+) -> None:
+    """End an entry of the allow list; objects scanned from now on are judged without it."""
+    with _house(config) as house:
+        house.disallow(entry_id, who=_user())
+        print("not allowed any more")
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user need not have a name
+        return f"uid {os.getuid()}"
+
+
 @setting_app.command("show")
 def setting_show(config: ConfigOption = None) -> None:
     """Print the settings as JSON: layers global, accounts, regions and buckets."""
@@ -192,14 +292,12 @@ def setting_change(
     config: ConfigOption = None,
 ) -> None:
     """Replace the settings; agents that run go by them within 30 seconds."""
-    import getpass
-
     with _house(config) as house:
         try:
             text = sys.stdin.read() if str(file) == "-" else file.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} cannot be read: {error}") from error
-        version = house.change_settings(text, expected, getpass.getuser())
+        version = house.change_settings(text, expected, _user())
         print(f"the settings are version {version} now")
 
 

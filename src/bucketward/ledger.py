@@ -8,13 +8,13 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Protocol
 
-from bucketward.errors import Changed, ConfigError, Unavailable
+from bucketward.errors import Changed, ConfigError, NotFound, Unavailable
 from bucketward.interfaces import Queue, State
 from bucketward.model import (
     Add,
@@ -58,6 +58,8 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "agents": ("all",),
     # What people and Bucketward itself changed.
     "audit": ("day",),
+    # Findings that an administrator allows, by content and signature.
+    "allow": ("sha256", "all"),
 }
 
 _MAX_RESULT = 200 * 1024  # of 256 KiB, which a record and a message may have
@@ -114,6 +116,38 @@ class Due:
     def key(self) -> str:
         """Return the record key: each notifier gets its own copy."""
         return f"{self.note.id}|{self.target}"
+
+
+@dataclass(frozen=True, slots=True)
+class Allow:
+    """A false positive: this signature may be found in exactly these bytes.
+
+    `bucket` and `key` narrow it to one place if given.
+    """
+
+    sha256: str
+    signature: str
+    by: str
+    reason: str
+    at: datetime
+    bucket: str = ""
+    key: str = ""
+    expires_at: datetime | None = None
+    is_active: bool = True
+
+    @property
+    def id(self) -> str:
+        """Return what tells this entry from every other."""
+        return _digest(self.sha256, self.signature, self.bucket, self.key)
+
+    def covers(self, bucket: str, key: str, now: datetime) -> bool:
+        """Return whether the entry holds for an object there, now."""
+        return (
+            self.is_active
+            and (self.expires_at is None or now < self.expires_at)
+            and self.bucket in {"", bucket}
+            and self.key in {"", key}
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -387,6 +421,48 @@ class Ledger:
         body = json.dumps({"who": who, "what": what, "detail": detail, "at": now})
         return Put("audit", Record(key, body, indexes={"day": (now[:10], now)}))
 
+    # -- the allow list --------------------------------------------------------------------------
+
+    def allow(self, entry: Allow) -> None:
+        """Enter an allowed finding, or replace the entry about the same one."""
+        fields = {name: getattr(entry, name) for name in Allow.__slots__}
+        fields["at"] = entry.at.isoformat()
+        fields["expires_at"] = entry.expires_at and entry.expires_at.isoformat()
+        indexes = {"sha256": (entry.sha256, entry.id), "all": ("all", f"{fields['at']}|{entry.id}")}
+        verb = "finding.allow" if entry.is_active else "finding.disallow"
+        detail = f"{entry.signature} in {entry.sha256}: {entry.reason}"
+        self.state.commit(
+            [
+                Put("allow", Record(entry.id, json.dumps(fields), indexes=indexes)),
+                self._audit(entry.by, verb, detail, self._now().isoformat()),
+            ]
+        )
+
+    def allowed(self, sha256: str, bucket: str, key: str) -> Collection[str]:
+        """Return the signatures that are allowed in these bytes, at this place, now."""
+        now = self._now()
+        page = self.state.query("allow", "sha256", sha256, limit=1000)
+        entries = [_load_allow(record.body) for record in page.items]
+        return {entry.signature for entry in entries if entry.covers(bucket, key, now)}
+
+    def allow_list(self, *, cursor: str = "", limit: int = 100) -> Page[Allow]:
+        """Return the entries of the allow list, newest first, those that ended too."""
+        page = self.state.query("allow", "all", "all", after=cursor, limit=limit, newest_first=True)
+        return Page([_load_allow(record.body) for record in page.items], page.cursor)
+
+    def amend(self, result: ScanResult, who: str, what: str) -> None:
+        """Write down what somebody did about a result, in the result and in the audit log."""
+        stored = self.state.get("results", [result.id]).get(result.id)
+        if stored is None:
+            raise NotFound(f"there is no result {result.id}", backend="ledger")
+        now = self._now().isoformat()
+        self.state.commit(
+            [
+                Put("results", replace(stored, body=dump_result(result)), version=stored.version),
+                self._audit(who, what, f"{result.object.bucket} {result.object.key}", now),
+            ]
+        )
+
     # -- notes, dead letters, leases, agents -----------------------------------------------------
 
     def due_notes(self, limit: int = 100) -> Sequence[Due]:
@@ -537,6 +613,14 @@ def _is_about(verdict: CurrentVerdict, info: ObjectInfo) -> bool:
     if verdict.identity == "etag:":
         return info.modified_at <= verdict.scanned_at
     return verdict.identity == info.identity
+
+
+def _load_allow(body: str) -> Allow:
+    fields = json.loads(body)
+    fields["at"] = datetime.fromisoformat(fields["at"])
+    if fields["expires_at"]:
+        fields["expires_at"] = datetime.fromisoformat(fields["expires_at"])
+    return Allow(**fields)
 
 
 def _load_verdict(body: str) -> CurrentVerdict:

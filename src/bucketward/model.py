@@ -228,7 +228,8 @@ class ScanResult:
     result twice changes nothing.  `sha256` is `None` where no byte was read.  `reasons` are why
     the verdict is not Clean although nothing was found.  `engines` is the digest of the engine
     set and its signatures.  `action` is what the policy decided (keep, move, delete);
-    `action_state` is "done", "pending" (decided, the object still where it was) or "failed";
+    `action_state` is "done", "pending" (decided, the object still where it was), "failed", or
+    what somebody did afterwards: "restored", "deleted";
     `moved_to` is the bucket and key it was moved to.  `tag_note` says why our tags are not on the
     object, if so.
     """

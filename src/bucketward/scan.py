@@ -96,7 +96,8 @@ class _NoRoom(Exception):  # noqa: N818
 class Scanner:
     """Every agent's way from an object to a verdict.  Safe from any thread.
 
-    `engines` are those that are open here, by name.
+    `engines` are those that are open here, by name.  `allowed` yields the signatures that an
+    administrator allows in the bytes with this SHA-256, found in this bucket under this key.
     """
 
     def __init__(
@@ -105,11 +106,13 @@ class Scanner:
         spool: Spool,
         *,
         detect_type: Callable[[Spooled], str] = lambda _: "",
+        allowed: Callable[[str, str, str], Collection[str]] = lambda *_: (),
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.engines = engines
         self.spool = spool
         self._detect_type = detect_type
+        self._allowed = allowed
         self._now = now
 
     def ping(self, policies: Collection[Policy] = ()) -> None:
@@ -172,7 +175,13 @@ class Scanner:
                     f"read {file.size} bytes of {ref.key!r}, which has {info.size}",
                     backend="scan",
                 )
-            judgement = self.judge(file, ref.key, policy, alone=alone)
+            judgement = self.judge(
+                file,
+                ref.key,
+                policy,
+                alone=alone,
+                allowed=lambda digest: self._allowed(digest, info.bucket, info.key),
+            )
             result = self._result(ref, info, judgement, started, cause)
             scan = Scan(result, file, slot)
             slot = None
@@ -211,16 +220,29 @@ class Scanner:
                 f"{info.size} bytes; at most {max(limits)} can be scanned",
             )
 
-    def judge(self, file: Spooled, key: str, policy: Policy, *, alone: bool = False) -> Judgement:
+    def judge(
+        self,
+        file: Spooled,
+        key: str,
+        policy: Policy,
+        *,
+        alone: bool = False,
+        allowed: Callable[[str], Collection[str]] = lambda _: (),
+    ) -> Judgement:
         """Ask every chosen engine in turn and combine what they say.
 
-        `Unavailable` if a required engine could not say anything and no other found anything.
+        `allowed` yields the signatures that may be found in the bytes with this SHA-256: such a
+        finding stops nobody, and if every finding of every engine is one, and all else is Clean,
+        the verdict is InfectedAllowed.  `Unavailable` if a required engine could not say anything
+        and no other found anything.
         """
         content_type = self._detect_type(file) if needs_type(policy) else ""
         rules = choose(policy, self.engines, key, file.size, content_type)
         deadline = time.monotonic() + policy.deadline
         reports: list[EngineReport] = []
+        counted: list[EngineReport] = []
         unavailable: Unavailable | None = None
+        hashed = sha256(file)
         for rule in rules:
             try:
                 report = self._ask(rule, file, deadline, alone=alone)
@@ -229,12 +251,15 @@ class Scanner:
                     unavailable = error
                 report = _failed(rule.engine, str(error))
             reports.append(reclassify(policy, report))
-            if policy.stop_at_first_hit and reports[-1].verdict is Verdict.INFECTED:
+            counted.append(_without(reports[-1], allowed(hashed) if report.findings else ()))
+            if policy.stop_at_first_hit and counted[-1].verdict is Verdict.INFECTED:
                 break
-        verdict, reasons = combine(reports, rules)
+        verdict, reasons = combine(counted, rules)
+        if verdict is Verdict.CLEAN and any(report.findings for report in reports):
+            verdict = Verdict.INFECTED_ALLOWED
         if unavailable is not None and verdict is not Verdict.INFECTED:
             raise unavailable
-        return Judgement(verdict, reasons, tuple(reports), digest(rules, reports), sha256(file))
+        return Judgement(verdict, reasons, tuple(reports), digest(rules, reports), hashed)
 
     def _ask(
         self, rule: EngineRule, file: Spooled, deadline: float, *, alone: bool
@@ -297,6 +322,13 @@ def digest(rules: Sequence[EngineRule], reports: Sequence[EngineReport]) -> str:
     signatures = {r.engine: r.signatures.digest if r.signatures else "" for r in reports}
     parts = [f"{r.engine}:{r.required}:{signatures.get(r.engine, '')}" for r in rules]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _without(report: EngineReport, allowed: Collection[str]) -> EngineReport:
+    """Return the report as it counts if these signatures are allowed: all of them, or as it is."""
+    if not report.findings or any(f.signature not in allowed for f in report.findings):
+        return report
+    return replace(report, verdict=Verdict.CLEAN, findings=())
 
 
 def _failed(engine: str, message: str) -> EngineReport:

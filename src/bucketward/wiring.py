@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
+from bucketward import findings
 from bucketward.agents.event import EventAgent
 from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import Keeper, sweep
@@ -44,7 +45,7 @@ from bucketward.ledger import (
     Results,
     SettingsReader,
 )
-from bucketward.model import QuarantineSpec, ScanResult, Spooled
+from bucketward.model import ObjectInfo, ObjectRef, QuarantineSpec, ScanResult, Spooled
 from bucketward.notes import matches, scan_result
 from bucketward.policy import Settings, check_loops
 from bucketward.scan import Scanner
@@ -242,7 +243,9 @@ class House:
     @cached_property
     def scanner(self) -> Scanner:
         """The pipeline."""
-        return Scanner(self.engines, self.spool, detect_type=detect_type)
+        # Without the state, as on a spoke, nothing is allowed: a finding stays a finding.
+        allowed = self.ledger.allowed if self.results_queue is None else lambda *_: ()
+        return Scanner(self.engines, self.spool, detect_type=detect_type, allowed=allowed)
 
     @cached_property
     def notifiers(self) -> Mapping[str, Notifier]:
@@ -433,6 +436,75 @@ class House:
             settings = Settings.from_json(self.ledger.settings()[0])
         if problems := check_loops(settings, protected, quarantine=self.config.quarantine):
             raise ConfigError("; ".join(problems))
+
+    # -- findings --------------------------------------------------------------------------------
+
+    def restore(
+        self, scan_id: str, *, who: str, reason: str, only_here: bool = False, days: float = 0
+    ) -> ObjectInfo:
+        """Restore a quarantined object as a false positive; see `bucketward.findings.restore`."""
+        result = self._result(scan_id)
+        protected = self._place_of(result)
+        return findings.restore(
+            result,
+            ledger=self.ledger,
+            source=self.protected_store(protected),
+            quarantine=lambda: self._quarantine_of(result, protected),
+            policy=self.settings.current().policy(protected),
+            spool=self.spool,
+            who=who,
+            reason=reason,
+            only_here=only_here,
+            days=days,
+        )
+
+    def delete(self, scan_id: str, *, who: str) -> None:
+        """Delete a quarantined object for good."""
+        result = self._result(scan_id)
+        protected = self._place_of(result)
+        findings.delete(
+            result,
+            ledger=self.ledger,
+            quarantine=lambda: self._quarantine_of(result, protected),
+            who=who,
+        )
+
+    def rescan(self, scan_id: str) -> ObjectRef:
+        """Enqueue what a result is about, in the version it is about, and return it."""
+        result = self._result(scan_id)
+        if result.object.bucket not in self.ledger.protected():
+            raise Unsupported(f"{result.object.bucket} is not protected any more; protect it first")
+        ref = ObjectRef(result.object.bucket, result.object.key, result.object.version_id)
+        self.queue.send([encode([ref])])
+        return ref
+
+    def disallow(self, entry_id: str, *, who: str) -> None:
+        """End an entry of the allow list."""
+        cursor = ""
+        while True:
+            page = self.ledger.allow_list(cursor=cursor)
+            for entry in page.items:
+                if entry.id == entry_id:
+                    self.ledger.allow(replace(entry, is_active=False, by=who))
+                    return
+            cursor = page.cursor
+            if not cursor:
+                raise NotFound(f"there is no entry {entry_id}; see finding allowed")
+
+    def _result(self, scan_id: str) -> ScanResult:
+        result = self.ledger.result(scan_id)
+        if result is None:
+            raise NotFound(f"there is no result {scan_id}; see finding list")
+        return result
+
+    def _place_of(self, result: ScanResult) -> Protected:
+        bucket = result.object.bucket
+        found = self.ledger.protected().get(bucket)
+        return found or Protected(bucket, bucket, result.account, result.region)
+
+    def _quarantine_of(self, result: ScanResult, protected: Protected) -> Store:
+        assert result.moved_to is not None
+        return self.store(_beside(protected.url, result.moved_to[0]), protected.account)
 
     # -- running ---------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 
-from bucketward.errors import Denied, Unavailable
+from bucketward.errors import ConfigError, Denied, Unavailable
 from bucketward.interfaces import CredentialsProvider
 from bucketward.model import Credentials
 
@@ -28,12 +28,23 @@ def assume_role(
     """Return a provider of credentials for `role_arn`, or of `profile`'s own if that is empty.
 
     Credentials are fetched on first use and renewed five minutes before they end.  The provider
-    raises `Denied` if the role may not be assumed, and `Unavailable` if STS cannot be reached.
+    raises `Denied` if the role may not be assumed, and `Unavailable` if STS cannot be reached;
+    a profile that is not there is `ConfigError` at once.
     """
     import boto3
-    from botocore.exceptions import BotoCoreError, ClientError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ParamValidationError,
+        ProfileNotFound,
+    )
 
-    session = boto3.Session(profile_name=profile or None, region_name=region or None)
+    try:
+        session = boto3.Session(profile_name=profile or None, region_name=region or None)
+    except ProfileNotFound as error:
+        raise ConfigError(
+            f"the AWS configuration has no profile {profile}", backend="aws"
+        ) from error
     lock = threading.Lock()
     current: Credentials | None = None
 
@@ -77,6 +88,12 @@ def assume_role(
             raise Denied(
                 f"cannot assume {role_arn}: {code}; let it trust this account, with the external "
                 "id if it wants one",
+                backend="aws",
+                reason="sts:AssumeRole",
+            ) from error
+        except ParamValidationError as error:
+            raise Denied(
+                f"{role_arn} is no role: use arn:aws:iam::<account>:role/<name>",
                 backend="aws",
                 reason="sts:AssumeRole",
             ) from error

@@ -453,7 +453,7 @@ class House:
 
     def guard(self, url: str, roles: Sequence[str], *, account: str = "") -> str:
         """Return the guard of a bucket as a policy document of its own, protected or not."""
-        ours = self._guard(url, roles, self._entry(url, account))
+        ours = self._guard(self._entry(url, account), roles)
         return json.dumps(json.loads(merged("", ours)), indent=2)
 
     def guard_problems(self, url: str) -> Iterator[tuple[bool, str]]:
@@ -519,19 +519,17 @@ class House:
         Ask `guard_problems` first.
         """
         protected = self._entry(url)
-        return self._change_policy(protected, self._guard(protected.url, roles, protected))
+        return self._change_policy(protected, self._guard(protected, roles))
 
     def remove_guard(self, url: str, *, account: str = "") -> bool:
         """Take the guard, and nothing else, out of a bucket's policy; return whether it was in."""
         return self._change_policy(self._entry(url, account), ())
 
-    def _guard(
-        self, url: str, roles: Sequence[str], protected: Protected
-    ) -> Sequence[Mapping[str, object]]:
+    def _guard(self, protected: Protected, roles: Sequence[str]) -> Sequence[Mapping[str, object]]:
         policy = Settings.from_json(self.ledger.settings()[0]).resolve(
             protected.account, protected.region, protected.bucket
         )
-        dialect = "aws" if self._speaks_aws(url, protected.account) else "ceph"
+        dialect = "aws" if self._speaks_aws(protected) else "ceph"
         return statements(protected.bucket, policy.tags, roles, dialect=dialect)
 
     def _entry(self, url: str, account: str = "") -> Protected:
@@ -540,11 +538,11 @@ class House:
         region = parse_qs(urlsplit(url).query).get("region", ["us-east-1"])[0]
         return known or Protected(_plain(url), url, account, region)
 
-    def _speaks_aws(self, url: str, account: str) -> bool:
-        endpoint = parse_qs(urlsplit(url).query).get("endpoint", [""])[0]
+    def _speaks_aws(self, protected: Protected) -> bool:
+        endpoint = parse_qs(urlsplit(protected.url).query).get("endpoint", [""])[0]
         if not endpoint or (urlsplit(endpoint).hostname or "").endswith(_AWS_HOSTS):
             return True
-        return self.cloud(url, account) is not None
+        return self.cloud(protected.url, protected.account) is not None
 
     def _policies(self, protected: Protected) -> Cloud:
         """Open what reads and replaces the policy of an S3 bucket, on AWS or not."""

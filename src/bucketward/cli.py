@@ -133,6 +133,7 @@ def version() -> None:
 @app.command()
 def guard(
     url: Annotated[str, typer.Argument(help="s3://bucket, as it was protected.")],
+    *,
     role: Annotated[
         list[str] | None,
         typer.Option(help="ARN of a role or user that may read everything; give all of ours."),
@@ -143,15 +144,21 @@ def guard(
     remove: Annotated[
         bool, typer.Option("--remove", help="Take the guard, and nothing else, out of it.")
     ] = False,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Write tags that somebody dropped, from the ledger.")
+    ] = False,
     config: ConfigOption = None,
 ) -> None:
     """Let nobody read what is not tagged Clean: print the policy for that, or put it in place.
 
     `--apply` refuses, with exit code 2, where objects are unscanned or cannot be tagged.
     """
-    if apply and remove:
-        raise ConfigError("--apply and --remove exclude each other")
+    if apply + remove + mend > 1:
+        raise ConfigError("--apply, --remove and --mend exclude each other")
     with _house(config) as house:
+        if mend:
+            print(f"the tags of {house.mend_tags(url)} object versions of {url} mended")
+            return
         if remove:
             was_in = house.remove_guard(url)
             print(f"{url} {'is not guarded any more' if was_in else 'was not guarded'}")

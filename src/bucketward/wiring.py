@@ -40,16 +40,18 @@ from bucketward.interfaces import (
 )
 from bucketward.ledger import (
     TABLES,
+    CurrentVerdict,
     Due,
     Ledger,
     Protected,
     QueuedResults,
     Results,
     SettingsReader,
+    object_id,
 )
-from bucketward.model import ObjectInfo, QuarantineSpec, ScanResult, Spooled
+from bucketward.model import ObjectInfo, QuarantineSpec, Reason, ScanResult, Spooled, Verdict
 from bucketward.notes import matches, scan_result
-from bucketward.policy import Settings, check_loops
+from bucketward.policy import Policy, Settings, check_loops, decide, merge_tags
 from bucketward.scan import Scanner
 from bucketward.spool import Spool
 
@@ -466,9 +468,7 @@ class House:
         if protected.bucket not in self.ledger.protected():
             yield True, f"{protected.bucket} is not protected; see bucketward bucket protect"
             return
-        policy = Settings.from_json(self.ledger.settings()[0]).resolve(
-            protected.account, protected.region, protected.bucket
-        )
+        policy = self._policy_of(protected)
         store = self.protected_store(protected)
         if not store.has_tags or not policy.tagging:
             yield True, f"{protected.bucket}: tagging is off, so no object could be read"
@@ -525,10 +525,45 @@ class House:
         """Take the guard, and nothing else, out of a bucket's policy; return whether it was in."""
         return self._change_policy(self._entry(url, account), ())
 
-    def _guard(self, protected: Protected, roles: Sequence[str]) -> Sequence[Mapping[str, object]]:
-        policy = Settings.from_json(self.ledger.settings()[0]).resolve(
+    def mend_tags(self, bucket: str) -> int:
+        """Write our tags anew, from the ledger, where somebody dropped or changed the verdict.
+
+        Nothing is scanned.  Return how many object versions were mended.  Others' tags stay; where
+        they leave no room, nothing is written.
+        """
+        protected = self._entry(bucket)
+        policy = self._policy_of(protected)
+        store = self.protected_store(protected)
+        mended, cursor = 0, ""
+        while True:
+            page = store.list(cursor=cursor, versions=store.has_versions)
+            for info, verdict in zip(page.items, self.ledger.verdicts(page.items), strict=True):
+                if verdict is not None:
+                    ours = decide(self._result_of(info, verdict), policy).tags
+                    mended += bool(ours) and _mend(store, info, ours or {}, policy)
+            cursor = page.cursor
+            if not cursor:
+                return mended
+
+    def _result_of(self, info: ObjectInfo, verdict: CurrentVerdict) -> ScanResult:
+        """Return the result behind a current verdict, or what is left of it."""
+        history = self.ledger.results("object", object_id(info.bucket, info.key))
+        for result in history.items:
+            is_same = result.object.identity == info.identity
+            if is_same and result.scanned_at == verdict.scanned_at:
+                return result
+        # Without its reasons, so it is not told from one that was skipped.
+        is_vague = verdict.verdict is Verdict.UNSCANNABLE
+        reasons = (Reason.SKIPPED.value,) if is_vague else ()
+        return ScanResult("", info, verdict.verdict, verdict.scanned_at, reasons)
+
+    def _policy_of(self, protected: Protected) -> Policy:
+        return Settings.from_json(self.ledger.settings()[0]).resolve(
             protected.account, protected.region, protected.bucket
         )
+
+    def _guard(self, protected: Protected, roles: Sequence[str]) -> Sequence[Mapping[str, object]]:
+        policy = self._policy_of(protected)
         dialect = "aws" if self._speaks_aws(protected) else "ceph"
         return statements(protected.bucket, policy.tags, roles, dialect=dialect)
 
@@ -870,6 +905,21 @@ def folder_of(url: str) -> Path:
 
 
 _AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn")
+
+
+def _mend(store: Store, info: ObjectInfo, ours: Mapping[str, str], policy: Policy) -> bool:
+    with suppress(NotFound, Changed):
+        for _ in range(3):
+            existing = store.tags(info)
+            if existing.get(policy.tags.result) == ours.get(policy.tags.result):
+                return False
+            wanted = merge_tags(existing, ours, policy.tags, store.max_tags)
+            if wanted is None:
+                return False
+            store.replace_tags(info, wanted)
+            if store.tags(info) == wanted:  # else somebody wrote meanwhile: merge with theirs
+                return True
+    return False
 
 
 def _tags_or_none(store: Store, info: ObjectInfo) -> Mapping[str, str] | None:

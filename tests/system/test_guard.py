@@ -339,6 +339,26 @@ def test_apply_refuses_a_bucket_without_versions_or_roles_or_protection(make):
     assert "--role" in done.stderr
 
 
+def test_tags_that_the_owner_dropped_or_forged_are_mended_without_a_scan(make):
+    place = make()
+    place.put("dropped", "theirs=1")
+    place.put("forged", "scan-result=Infected", "theirs=2")
+    place.put("full", *(f"t{n}=1" for n in range(10)))
+    place.put("right", "scan-result=Clean")
+    place.scanned()
+    place.put("unscanned")
+    done = place.guard("--mend")
+
+    assert done.stdout == f"the tags of 2 object versions of {place.identity} mended\n", done.stderr
+    for key, theirs in (("dropped", "1"), ("forged", "2")):
+        tags = place.tags(key)
+        assert (tags.pop("scan-result"), tags.pop("theirs")) == ("Clean", theirs)
+        assert set(tags) == {"date-scanned"}
+    assert len(place.tags("full")) == 10
+    assert place.tags("right") == {"scan-result": "Clean"}
+    assert place.tags("unscanned") == {}
+
+
 class Racing(S3Cloud):
     """A control plane on which the owner changes the policy each time we have read it."""
 

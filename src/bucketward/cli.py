@@ -135,6 +135,63 @@ def version() -> None:
     print(f"bucketward {__version__}")
 
 
+@app.command()
+def guard(
+    url: Annotated[str, typer.Argument(help="s3://bucket, as it was protected.")],
+    *,
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="ARN of a role or user that may read everything; give all of ours."),
+    ] = None,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Merge the guard into the bucket's policy.")
+    ] = False,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Take the guard, and nothing else, out of it.")
+    ] = False,
+    mend: Annotated[
+        bool, typer.Option("--mend", help="Write tags that somebody dropped, from the ledger.")
+    ] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Let nobody read what is not tagged Clean: print the policy for that, or put it in place.
+
+    `--apply` refuses, with exit code 2, where objects are unscanned or cannot be tagged.
+    """
+    if apply + remove + mend > 1:
+        raise ConfigError("--apply, --remove and --mend exclude each other")
+    with _house(config) as house:
+        if mend:
+            print(f"the tags of {house.mend_tags(url)} object versions of {url} mended")
+            return
+        if remove:
+            was_in = house.remove_guard(url)
+            print(f"{url} {'is not guarded any more' if was_in else 'was not guarded'}")
+            return
+        document = house.guard(url, role or ())
+        if not apply:
+            print(document)
+            return
+        is_refused = False
+        for forbids, problem in house.guard_problems(url):
+            is_refused |= forbids
+            print(f"{'refused: ' if forbids else ''}{problem}", file=sys.stderr)
+        if is_refused:
+            raise typer.Exit(PROBLEM)
+        is_new = house.apply_guard(url, role or ())
+        print(f"{url} {'is guarded now' if is_new else 'was guarded already'}")
+
+
+@app.command()
+def retro(
+    url: Annotated[str, typer.Argument(help="s3://bucket, as it was protected.")],
+    config: ConfigOption = None,
+) -> None:
+    """Enqueue every object of a protected bucket that has no verdict, however old."""
+    with _house(config) as house:
+        print(f"{house.retro(url)} object versions of {url} enqueued")
+
+
 @bucket_app.command("protect")
 def bucket_protect(
     url: Annotated[

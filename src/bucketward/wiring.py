@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib
+import json
 import logging
 import os
 import shutil
@@ -11,13 +12,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
+from urllib.parse import parse_qs, unquote_to_bytes, urlencode, urlsplit
 
 from bucketward import findings
 from bucketward.agents.event import EventAgent
@@ -25,8 +27,9 @@ from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import Keeper, sweep
 from bucketward.agents.watch import Watch, Watches
 from bucketward.config import ClamavEngine, Config, YaraEngine, url_path
-from bucketward.errors import ConfigError, Error, NotFound, Unavailable, Unsupported
+from bucketward.errors import Changed, ConfigError, Error, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
+from bucketward.guard import merged, statements
 from bucketward.interfaces import (
     Cloud,
     CredentialsProvider,
@@ -38,16 +41,26 @@ from bucketward.interfaces import (
 )
 from bucketward.ledger import (
     TABLES,
+    CurrentVerdict,
     Due,
     Ledger,
     Protected,
     QueuedResults,
     Results,
     SettingsReader,
+    object_id,
 )
-from bucketward.model import ObjectInfo, ObjectRef, QuarantineSpec, ScanResult, Spooled
+from bucketward.model import (
+    ObjectInfo,
+    ObjectRef,
+    QuarantineSpec,
+    Reason,
+    ScanResult,
+    Spooled,
+    Verdict,
+)
 from bucketward.notes import matches, scan_result
-from bucketward.policy import Settings, check_loops
+from bucketward.policy import Policy, Settings, check_loops, decide, merge_tags
 from bucketward.scan import Scanner
 from bucketward.spool import Spool
 
@@ -82,6 +95,7 @@ OPENERS: Mapping[str, Mapping[str, str]] = {
         "aws": "bucketward.clouds.aws:open_aws",
         "local": "bucketward.clouds.local:open_local",
         "memory": "bucketward.clouds.memory:open_memory",
+        "s3": "bucketward.clouds.s3:open_s3",
     },
 }
 """URL scheme -> opener, imported on first use so that an SDK that is not needed is not loaded."""
@@ -506,6 +520,174 @@ class House:
         assert result.moved_to is not None
         return self.store(_beside(protected.url, result.moved_to[0]), protected.account)
 
+    def retro(self, bucket: str) -> int:
+        """Enqueue every object version of a protected bucket that has no verdict, however old.
+
+        Return how many.
+        """
+        protected = self.ledger.protected().get(_plain(bucket))
+        if protected is None:
+            raise NotFound(f"{_plain(bucket)} is not protected; see bucket list")
+        store = self.protected_store(protected)
+        return sweep(self.ledger, self.queue, store, replace(protected, since=""))
+
+    # -- guard -----------------------------------------------------------------------------------
+
+    def guard(self, url: str, roles: Sequence[str], *, account: str = "") -> str:
+        """Return the guard of a bucket as a policy document of its own, protected or not."""
+        ours = self._guard(self._entry(url, account), roles)
+        return json.dumps(json.loads(merged("", ours)), indent=2)
+
+    def guard_problems(self, url: str) -> Iterator[tuple[bool, str]]:
+        """Yield why the guard should not be put on a bucket, and what nobody could read then.
+
+        Each with whether it forbids `apply_guard`; objects without a tag are only told of.  Reads
+        the tags of every object version.
+        """
+        protected = self._entry(url)
+        if protected.bucket not in self.ledger.protected():
+            yield True, f"{protected.bucket} is not protected; see bucketward bucket protect"
+            return
+        policy = self._policy_of(protected)
+        store = self.protected_store(protected)
+        if not store.has_tags or not policy.tagging:
+            yield True, f"{protected.bucket}: tagging is off, so no object could be read"
+            return
+        if not policy.tags.result:
+            yield True, f"{protected.bucket}: the result tag is off, so no object could be read"
+            return
+        if not store.has_versions:
+            yield (
+                True,
+                (
+                    f"{protected.bucket} is not versioned: a verdict could be written onto what "
+                    "came after it; turn versioning on"
+                ),
+            )
+            return
+        unscanned, cursor = 0, ""
+        with ThreadPoolExecutor(8) as threads:
+            while True:
+                page = store.list(cursor=cursor, versions=True)
+                verdicts = self.ledger.verdicts(page.items)
+                scanned = [i for i, v in zip(page.items, verdicts, strict=True) if v is not None]
+                unscanned += len(page.items) - len(scanned)
+                for info, tags in zip(
+                    scanned, threads.map(partial(_tags_or_none, store), scanned), strict=True
+                ):
+                    if tags is None or policy.tags.result in tags:
+                        continue
+                    why = "unreadable until it is tagged: it has a verdict, but no tag that says so"
+                    if len(tags) >= store.max_tags:
+                        why = f"unreadable until a tag is freed: it has {len(tags)} tags of others"
+                    yield False, f"{info.key!r} version {info.version_id}: {why}"
+                cursor = page.cursor
+                if not cursor:
+                    break
+        if unscanned:
+            yield (
+                True,
+                (
+                    f"{protected.bucket} has {unscanned} unscanned object versions, which nobody "
+                    f"could read; scan them first: bucketward retro {protected.bucket}"
+                ),
+            )
+
+    def apply_guard(self, url: str, roles: Sequence[str]) -> bool:
+        """Merge the guard into a bucket's policy; return whether that changed it.
+
+        Ask `guard_problems` first.
+        """
+        protected = self._entry(url)
+        return self._change_policy(protected, self._guard(protected, roles))
+
+    def remove_guard(self, url: str, *, account: str = "") -> bool:
+        """Take the guard, and nothing else, out of a bucket's policy; return whether it was in."""
+        return self._change_policy(self._entry(url, account), ())
+
+    def mend_tags(self, bucket: str) -> int:
+        """Write our tags anew, from the ledger, where somebody dropped or changed the verdict.
+
+        Nothing is scanned.  Return how many object versions were mended.  Others' tags stay; where
+        they leave no room, nothing is written.
+        """
+        protected = self._entry(bucket)
+        policy = self._policy_of(protected)
+        store = self.protected_store(protected)
+        mended, cursor = 0, ""
+        while True:
+            page = store.list(cursor=cursor, versions=store.has_versions)
+            for info, verdict in zip(page.items, self.ledger.verdicts(page.items), strict=True):
+                if verdict is not None:
+                    ours = decide(self._result_of(info, verdict), policy).tags
+                    mended += bool(ours) and _mend(store, info, ours or {}, policy)
+            cursor = page.cursor
+            if not cursor:
+                return mended
+
+    def _result_of(self, info: ObjectInfo, verdict: CurrentVerdict) -> ScanResult:
+        """Return the result behind a current verdict, or what is left of it."""
+        history = self.ledger.results("object", object_id(info.bucket, info.key))
+        for result in history.items:
+            is_same = result.object.identity == info.identity
+            if is_same and result.scanned_at == verdict.scanned_at:
+                return result
+        # Without its reasons, so it is not told from one that was skipped.
+        is_vague = verdict.verdict is Verdict.UNSCANNABLE
+        reasons = (Reason.SKIPPED.value,) if is_vague else ()
+        return ScanResult("", info, verdict.verdict, verdict.scanned_at, reasons)
+
+    def _policy_of(self, protected: Protected) -> Policy:
+        return Settings.from_json(self.ledger.settings()[0]).resolve(
+            protected.account, protected.region, protected.bucket
+        )
+
+    def _guard(self, protected: Protected, roles: Sequence[str]) -> Sequence[Mapping[str, object]]:
+        policy = self._policy_of(protected)
+        dialect = "aws" if self._speaks_aws(protected) else "ceph"
+        return statements(protected.bucket, policy.tags, roles, dialect=dialect)
+
+    def _entry(self, url: str, account: str = "") -> Protected:
+        """Return the entry of a protected bucket, by its identity or URL, or one made up."""
+        known = self.ledger.protected().get(_plain(url))
+        region = parse_qs(urlsplit(url).query).get("region", ["us-east-1"])[0]
+        return known or Protected(_plain(url), url, account, region)
+
+    def _speaks_aws(self, protected: Protected) -> bool:
+        endpoint = parse_qs(urlsplit(protected.url).query).get("endpoint", [""])[0]
+        if not endpoint or (urlsplit(endpoint).hostname or "").endswith(_AWS_HOSTS):
+            return True
+        return self.cloud(protected.url, protected.account) is not None
+
+    def _policies(self, protected: Protected) -> Cloud:
+        """Open what reads and replaces the policy of an S3 bucket, on AWS or not."""
+        if urlsplit(protected.url).scheme != "s3":
+            raise Unsupported(f"{protected.bucket} has no policy; only S3 buckets can be guarded")
+        cloud = self.cloud(protected.url, protected.account)
+        if cloud is not None:
+            return cloud
+        options = parse_qs(urlsplit(protected.url).query)
+        endpoint = options.get("endpoint", [""])[0]
+        target = f"s3:///{options.get('region', ['us-east-1'])[0]}"
+        target += f"?{urlencode({'endpoint': endpoint})}" if endpoint else ""
+        opened: Cloud = opener("cloud", target)(target, self.credentials(protected.account))
+        return self._keep(opened)
+
+    def _change_policy(self, protected: Protected, ours: Sequence[Mapping[str, object]]) -> bool:
+        cloud = self._policies(protected)
+        for _ in range(4):
+            document = cloud.bucket_policy(protected.bucket)
+            wanted = merged(document, ours)
+            if wanted == document:
+                return False
+            with suppress(Changed):
+                cloud.replace_bucket_policy(protected.bucket, wanted, document)
+                return True
+        raise Unavailable(
+            f"the policy of {protected.bucket} is being changed by somebody else; try again",
+            backend="wiring",
+        )
+
     # -- running ---------------------------------------------------------------------------------
 
     def seed(self) -> None:
@@ -800,6 +982,32 @@ def is_up(data: Path) -> bool:
 def folder_of(url: str) -> Path:
     """Return the path in a `file` or `sqlite` URL."""
     return Path(os.fsdecode(unquote_to_bytes(urlsplit(url).path)))
+
+
+_AWS_HOSTS = (".amazonaws.com", ".amazonaws.com.cn")
+
+
+def _mend(store: Store, info: ObjectInfo, ours: Mapping[str, str], policy: Policy) -> bool:
+    with suppress(NotFound, Changed):
+        for _ in range(3):
+            existing = store.tags(info)
+            if existing.get(policy.tags.result) == ours.get(policy.tags.result):
+                return False
+            wanted = merge_tags(existing, ours, policy.tags, store.max_tags)
+            if wanted is None:
+                return False
+            store.replace_tags(info, wanted)
+            if store.tags(info) == wanted:  # else somebody wrote meanwhile: merge with theirs
+                return True
+    return False
+
+
+def _tags_or_none(store: Store, info: ObjectInfo) -> Mapping[str, str] | None:
+    """Return the tags of an object, `None` if it has gone or changed meanwhile."""
+    try:
+        return store.tags(info)
+    except (NotFound, Changed):
+        return None
 
 
 def _plain(url: str) -> str:

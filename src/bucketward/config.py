@@ -356,6 +356,24 @@ class SpoolTable(Table):
     )
 
 
+class CacheTable(Table):
+    """The cache of verdicts, by content, engines and signatures.
+
+    What was judged completely is not scanned again until the signatures change: the same bytes
+    under another name, or an event that comes again.
+    """
+
+    enabled: Flag = Field(default=True, description="Use it.")
+    entries: Annotated[Number, Field(ge=1, le=1_000_000)] = Field(
+        4096,
+        description="How many verdicts an agent holds in memory, of at most 16 KiB each; the "
+        "ledger holds them all.",
+    )
+    days: Annotated[Number, Field(ge=1, le=365)] = Field(
+        30, description="Days after which a verdict is forgotten."
+    )
+
+
 class LogTable(Table):
     """The log, on standard error."""
 
@@ -434,6 +452,7 @@ class Config(Table):
     engines: Mapping[str, Engine]
     signatures: SignaturesTable
     spool: SpoolTable
+    cache: CacheTable
     log: LogTable
     accounts: Mapping[str, AccountTable]
     notifiers: Mapping[str, NotifierTable]

@@ -23,6 +23,7 @@ from bucketward.agents.event import EventAgent
 from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import Keeper, sweep
 from bucketward.agents.watch import Watch, Watches
+from bucketward.cache import Cache
 from bucketward.config import ClamavEngine, Config, YaraEngine, url_path
 from bucketward.errors import ConfigError, Error, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
@@ -243,6 +244,17 @@ class House:
     def scanner(self) -> Scanner:
         """The pipeline."""
         return Scanner(self.engines, self.spool, detect_type=detect_type)
+
+    @cached_property
+    def agents_scanner(self) -> Scanner:
+        """The pipeline of the agents, which remembers verdicts unless that is switched off."""
+        options = self.config.cache
+        if not options.enabled:
+            return self.scanner
+        # An agent that sends its results away leaves the writing to the keeper.
+        ledger = self.ledger if self.results_queue is None else None
+        cache = self._keep(Cache(ledger, entries=options.entries, days=options.days))
+        return Scanner(self.engines, self.spool, detect_type=detect_type, cache=cache)
 
     @cached_property
     def notifiers(self) -> Mapping[str, Notifier]:
@@ -480,7 +492,7 @@ class House:
         if "event" in names:
             yield EventAgent(
                 self.queue,
-                self.scanner,
+                self.agents_scanner,
                 self.results,
                 self.settings.current,
                 self.protected_store,

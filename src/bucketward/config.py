@@ -374,6 +374,19 @@ class CacheTable(Table):
     )
 
 
+class MetricsTable(Table):
+    """Metrics for Prometheus, liveness and readiness, of each agent and of `bucketward up`.
+
+    Agents that share a machine need a port each.
+    """
+
+    enabled: Flag = Field(default=True, description="Serve `/metrics`, `/health` and `/ready`.")
+    host: str = Field("127.0.0.1", description="The address to listen on; `0.0.0.0` for all.")
+    port: Port = Field(
+        9464, description="The port to listen on; 0 for any free one, which the log names."
+    )
+
+
 class LogTable(Table):
     """The log, on standard error."""
 
@@ -453,6 +466,7 @@ class Config(Table):
     signatures: SignaturesTable
     spool: SpoolTable
     cache: CacheTable
+    metrics: MetricsTable
     log: LogTable
     accounts: Mapping[str, AccountTable]
     notifiers: Mapping[str, NotifierTable]

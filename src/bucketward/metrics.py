@@ -161,8 +161,7 @@ class _Sampler(Collector):
         self._swept = swept
         # Each by itself: a queue that hangs must not hide the others.
         self._fresh = [
-            _Fresh(look, _SAMPLE_EVERY)
-            for look in (self._queue, self._outbox, self._engines, self._rest)
+            _Fresh(look, _SAMPLE_EVERY) for look in (self._queue, self._outbox, self._engines)
         ]
 
     def describe(self) -> Iterator[Metric]:
@@ -171,6 +170,7 @@ class _Sampler(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Yield what is known at the moment."""
+        yield from self._own()
         end = time.monotonic() + _PATIENCE
         for fresh in self._fresh:
             fresh.start()
@@ -215,7 +215,7 @@ class _Sampler(Collector):
                     age.add_metric([name], _age(signatures.updated_at))
         return (works, age, demo)
 
-    def _rest(self) -> Sequence[Metric]:
+    def _own(self) -> Sequence[Metric]:
         found = []
         if self._sources.spool is not None:
             spool = self._sources.spool

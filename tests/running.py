@@ -26,7 +26,8 @@ class Process:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "bucketward", *command],
                 cwd=cwd,
-                env=environ,
+                # A port that is free: others may run here too.
+                env={"BUCKETWARD_METRICS__PORT": "0", **environ},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -356,6 +356,37 @@ class SpoolTable(Table):
     )
 
 
+class CacheTable(Table):
+    """The cache of verdicts, by content, engines and signatures.
+
+    What was judged completely is not scanned again until the signatures change: the same bytes
+    under another name, or an event that comes again.
+    """
+
+    enabled: Flag = Field(default=True, description="Use it.")
+    entries: Annotated[Number, Field(ge=1, le=1_000_000)] = Field(
+        4096,
+        description="How many verdicts an agent holds in memory, of at most 16 KiB each; the "
+        "ledger holds them all.",
+    )
+    days: Annotated[Number, Field(ge=1, le=365)] = Field(
+        30, description="Days after which a verdict is forgotten."
+    )
+
+
+class MetricsTable(Table):
+    """Metrics for Prometheus, liveness and readiness, of each agent and of `bucketward up`.
+
+    Agents that share a machine need a port each.
+    """
+
+    enabled: Flag = Field(default=False, description="Serve `/metrics`, `/health` and `/ready`.")
+    host: str = Field("127.0.0.1", description="The address to listen on; `0.0.0.0` for all.")
+    port: Port = Field(
+        9464, description="The port to listen on; 0 for any free one, which the log names."
+    )
+
+
 class LogTable(Table):
     """The log, on standard error."""
 
@@ -434,6 +465,8 @@ class Config(Table):
     engines: Mapping[str, Engine]
     signatures: SignaturesTable
     spool: SpoolTable
+    cache: CacheTable
+    metrics: MetricsTable
     log: LogTable
     accounts: Mapping[str, AccountTable]
     notifiers: Mapping[str, NotifierTable]

@@ -60,6 +60,8 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "audit": ("day",),
     # Findings that an administrator allows, by content and signature.
     "allow": ("sha256", "all"),
+    # What engines said of some bytes, by SHA-256, size and engine set; see `bucketward.cache`.
+    "cache": (),
 }
 
 _MAX_RESULT = 200 * 1024  # of 256 KiB, which a record and a message may have
@@ -359,6 +361,17 @@ class Ledger:
         key = f"{day}|{bucket}"
         record = self.state.get("counters", [key]).get(key)
         return json.loads(record.body) if record else {}
+
+    def cached(self, key: str) -> str | None:
+        """Return an entry of the cache, `None` if there is none."""
+        record = self.state.get("cache", [key]).get(key)
+        return record.body if record else None
+
+    def cache(self, bodies: Mapping[str, str], expires_at: datetime) -> None:
+        """Put entries, at most a hundred, into the cache."""
+        self.state.commit(
+            [Put("cache", Record(key, body, expires_at=expires_at)) for key, body in bodies.items()]
+        )
 
     # -- protected buckets and settings ----------------------------------------------------------
 
@@ -684,7 +697,7 @@ def _dump_result(result: ScanResult, findings: int) -> str:
         "verdict": result.verdict,
         "scanned_at": result.scanned_at.isoformat(),
         "reasons": result.reasons,
-        "reports": [_dump_report(report, findings) for report in result.reports],
+        "reports": [dump_report(report, findings) for report in result.reports],
         "sha256": result.sha256,
         "seconds": round(result.seconds, 6),
         "action": result.action,
@@ -700,13 +713,15 @@ def _dump_result(result: ScanResult, findings: int) -> str:
         "account",
         "region",
         "tag_note",
+        "cached_from",
     ):
         if value := getattr(result, name):
             fields[name] = value[:_MAX_TEXT]
     return json.dumps(fields)
 
 
-def _dump_report(report: EngineReport, findings: int) -> dict[str, Any]:
+def dump_report(report: EngineReport, findings: int = _MANY) -> dict[str, Any]:
+    """Return a report as JSON data; what is too long is cut."""
     signatures = report.signatures
     return {
         "engine": report.engine,
@@ -756,13 +771,14 @@ def load_result(text: str) -> ScanResult:
         verdict=Verdict(fields.pop("verdict")),
         scanned_at=datetime.fromisoformat(fields.pop("scanned_at")),
         reasons=tuple(fields.pop("reasons")),
-        reports=tuple(_load_report(report) for report in fields.pop("reports")),
+        reports=tuple(load_report(report) for report in fields.pop("reports")),
         moved_to=(moved_to[0], moved_to[1]) if moved_to else None,
         **fields,
     )
 
 
-def _load_report(fields: Mapping[str, Any]) -> EngineReport:
+def load_report(fields: Mapping[str, Any]) -> EngineReport:
+    """Return the report that `dump_report` wrote."""
     signatures = fields["signatures"]
     updated_at = signatures and signatures["updated_at"]
     return EngineReport(

@@ -231,7 +231,8 @@ class ScanResult:
     `action_state` is "done", "pending" (decided, the object still where it was), "failed", or
     what somebody did afterwards: "restored", "deleted";
     `moved_to` is the bucket and key it was moved to.  `tag_note` says why our tags are not on the
-    object, if so.
+    object, if so.  `cached_from` is the id of the scan whose reports these are, where the same
+    bytes were judged before by the same engines and signatures; "" where they were scanned.
     """
 
     id: str
@@ -253,6 +254,7 @@ class ScanResult:
     action_state: str = "done"
     moved_to: tuple[str, str] | None = None
     tag_note: str = ""
+    cached_from: str = ""
 
     @property
     def findings(self) -> tuple[Finding, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from types import TracebackType
 
+from bucketward.cache import Cache, Cached
 from bucketward.errors import Denied, Unavailable, Unsupported
 from bucketward.interfaces import Engine, Store
 from bucketward.model import (
@@ -32,6 +33,8 @@ from bucketward.policy import (
 )
 from bucketward.spool import Slot, Spool, sha256
 
+_FINAL = frozenset({Verdict.CLEAN, Verdict.INFECTED, Verdict.SUSPICIOUS})
+_LASTING = frozenset({Reason.CONTAINER_UNOPENED})
 _ROOM_WAIT = 600.0  # seconds a message may wait for room in the spool before it is given back
 
 
@@ -44,6 +47,7 @@ class Judgement:
     reports: tuple[EngineReport, ...]
     engines: str
     sha256: str | None = None
+    cached_from: str = ""
 
 
 class Scan:
@@ -98,6 +102,7 @@ class Scanner:
 
     `engines` are those that are open here, by name.  `allowed` yields the signatures that an
     administrator allows in the bytes with this SHA-256, found in this bucket under this key.
+    With a `cache`, bytes on which a complete verdict is known are not scanned again.
     """
 
     def __init__(
@@ -107,12 +112,14 @@ class Scanner:
         *,
         detect_type: Callable[[Spooled], str] = lambda _: "",
         allowed: Callable[[str, str, str], Collection[str]] = lambda *_: (),
+        cache: Cache | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.engines = engines
         self.spool = spool
         self._detect_type = detect_type
         self._allowed = allowed
+        self._cache = cache
         self._now = now
 
     def ping(self, policies: Collection[Policy] = ()) -> None:
@@ -180,6 +187,7 @@ class Scanner:
                 ref.key,
                 policy,
                 alone=alone,
+                scan=scan_id(info, cause),
                 allowed=lambda digest: self._allowed(digest, info.bucket, info.key),
             )
             result = self._result(ref, info, judgement, started, cause)
@@ -227,31 +235,40 @@ class Scanner:
         policy: Policy,
         *,
         alone: bool = False,
+        scan: str = "",
         allowed: Callable[[str], Collection[str]] = lambda _: (),
     ) -> Judgement:
         """Ask every chosen engine in turn and combine what they say.
 
         `allowed` yields the signatures that may be found in the bytes with this SHA-256: such a
         finding stops nobody, and if every finding of every engine is one, and all else is Clean,
-        the verdict is InfectedAllowed.  `Unavailable` if a required engine could not say anything
+        the verdict is InfectedAllowed.  `scan` is the id under which the cache may name this
+        judgement later.  `Unavailable` if a required engine could not say anything
         and no other found anything.
         """
         content_type = self._detect_type(file) if needs_type(policy) else ""
         rules = choose(policy, self.engines, key, file.size, content_type)
+        content = sha256(file)
+        judging_by = {} if alone else self._judging_by(rules, file)
+        known = self._known(content, file.size, rules, judging_by)
         deadline = time.monotonic() + policy.deadline
+        said: list[EngineReport] = []
         reports: list[EngineReport] = []
         counted: list[EngineReport] = []
         unavailable: Unavailable | None = None
-        hashed = sha256(file)
         for rule in rules:
             try:
-                report = self._ask(rule, file, deadline, alone=alone)
+                if known is not None:
+                    report = next(r for r in known.reports if r.engine == rule.engine)
+                else:
+                    report = self._ask(rule, file, deadline, alone=alone)
             except Unavailable as error:
                 if rule.required and unavailable is None:
                     unavailable = error
                 report = _failed(rule.engine, str(error))
+            said.append(report)
             reports.append(reclassify(policy, report))
-            counted.append(_without(reports[-1], allowed(hashed) if report.findings else ()))
+            counted.append(_without(reports[-1], allowed(content) if report.findings else ()))
             if policy.stop_at_first_hit and counted[-1].verdict is Verdict.INFECTED:
                 break
         verdict, reasons = combine(counted, rules)
@@ -259,7 +276,44 @@ class Scanner:
             verdict = Verdict.INFECTED_ALLOWED
         if unavailable is not None and verdict is not Verdict.INFECTED:
             raise unavailable
-        return Judgement(verdict, reasons, tuple(reports), digest(rules, reports), hashed)
+        if self._cache is not None and known is None and _is_complete(said, judging_by):
+            cached = Cached(scan, tuple(said))
+            self._cache.keep(content, file.size, _engine_set(rules, judging_by), cached)
+        return Judgement(
+            verdict,
+            reasons,
+            tuple(reports),
+            digest(rules, reports),
+            content,
+            known.scan if known is not None else "",
+        )
+
+    def _judging_by(self, rules: Sequence[EngineRule], file: Spooled) -> Mapping[str, str]:
+        """Return the signatures' digest of each engine, none where the cache is to stay out of it.
+
+        Asked before the scan: what is kept was judged by these, or it is not kept.  The object's
+        name plays no part: clamd is given a descriptor and YARA the bytes.
+        """
+        if self._cache is None or file.window is not None:
+            return {}
+        digests: dict[str, str] = {}
+        for rule in rules:
+            engine = self.engines.get(rule.engine)
+            if engine is None or file.size > engine.max_size:
+                return {}
+            try:
+                digests[rule.engine] = engine.signatures().digest
+            except Unavailable:
+                return {}
+        return digests
+
+    def _known(
+        self, content: str, size: int, rules: Sequence[EngineRule], judging_by: Mapping[str, str]
+    ) -> Cached | None:
+        if self._cache is None or not judging_by:
+            return None
+        found = self._cache.find(content, size, _engine_set(rules, judging_by))
+        return found if found is not None and _is_complete(found.reports, judging_by) else None
 
     def _ask(
         self, rule: EngineRule, file: Spooled, deadline: float, *, alone: bool
@@ -292,6 +346,7 @@ class Scanner:
             seconds=time.monotonic() - started,
             message=message,
             engines=judgement.engines,
+            cached_from=judgement.cached_from,
             uploaded_by=ref.uploaded_by,
             sequencer=ref.sequencer,
         )
@@ -319,7 +374,12 @@ def claimed(ref: ObjectRef, now: datetime) -> ObjectInfo:
 
 def digest(rules: Sequence[EngineRule], reports: Sequence[EngineReport]) -> str:
     """Return the digest of the engine set: who was asked, as what, with which signatures."""
-    signatures = {r.engine: r.signatures.digest if r.signatures else "" for r in reports}
+    return _engine_set(
+        rules, {r.engine: r.signatures.digest if r.signatures else "" for r in reports}
+    )
+
+
+def _engine_set(rules: Sequence[EngineRule], signatures: Mapping[str, str]) -> str:
     parts = [f"{r.engine}:{r.required}:{signatures.get(r.engine, '')}" for r in rules]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -329,6 +389,21 @@ def _without(report: EngineReport, allowed: Collection[str]) -> EngineReport:
     if not report.findings or any(f.signature not in allowed for f in report.findings):
         return report
     return replace(report, verdict=Verdict.CLEAN, findings=())
+
+
+def _is_complete(reports: Sequence[EngineReport], judging_by: Mapping[str, str]) -> bool:
+    """Return whether engines, judging by exactly these signatures, would say the same again.
+
+    Then each has said something of the content, one of them of all of it, and what the others left
+    out they always leave out.
+    """
+    return (
+        bool(judging_by)
+        and len(reports) == len(judging_by)
+        and {r.engine: r.signatures.digest for r in reports if r.signatures} == judging_by
+        and all(r.verdict in _FINAL and _LASTING.issuperset(r.coverage) for r in reports)
+        and any(r.is_full for r in reports)
+    )
 
 
 def _failed(engine: str, message: str) -> EngineReport:

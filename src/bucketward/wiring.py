@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from urllib.parse import parse_qs, unquote_to_bytes, urlencode, urlsplit
 
 from bucketward import findings
@@ -26,6 +26,7 @@ from bucketward.agents.event import EventAgent
 from bucketward.agents.heartbeat import Heartbeat
 from bucketward.agents.keeper import Keeper, sweep
 from bucketward.agents.watch import Watch, Watches
+from bucketward.cache import Cache
 from bucketward.config import ClamavEngine, Config, YaraEngine, url_path
 from bucketward.errors import Changed, ConfigError, Error, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
@@ -63,6 +64,9 @@ from bucketward.notes import matches, scan_result
 from bucketward.policy import Policy, Settings, check_loops, decide, merge_tags
 from bucketward.scan import Scanner
 from bucketward.spool import Spool
+
+if TYPE_CHECKING:
+    from bucketward.metrics import Meters
 
 log = logging.getLogger(__name__)
 
@@ -257,9 +261,28 @@ class House:
     @cached_property
     def scanner(self) -> Scanner:
         """The pipeline."""
+        return Scanner(self.engines, self.spool, detect_type=detect_type, allowed=self._allowed)
+
+    def _allowed(self, sha256: str, bucket: str, key: str) -> Collection[str]:
         # Without the state, as on a spoke, nothing is allowed: a finding stays a finding.
-        allowed = self.ledger.allowed if self.results_queue is None else lambda *_: ()
-        return Scanner(self.engines, self.spool, detect_type=detect_type, allowed=allowed)
+        return self.ledger.allowed(sha256, bucket, key) if self.results_queue is None else ()
+
+    @cached_property
+    def agents_scanner(self) -> Scanner:
+        """The pipeline of the agents, which remembers verdicts unless that is switched off."""
+        options = self.config.cache
+        if not options.enabled:
+            return self.scanner
+        # An agent that sends its results away leaves the writing to the keeper.
+        ledger = self.ledger if self.results_queue is None else None
+        cache = self._keep(Cache(ledger, entries=options.entries, days=options.days))
+        return Scanner(
+            self.engines,
+            self.spool,
+            detect_type=detect_type,
+            allowed=self._allowed,
+            cache=cache,
+        )
 
     @cached_property
     def notifiers(self) -> Mapping[str, Notifier]:
@@ -718,8 +741,53 @@ class House:
     def parts(
         self, names: Collection[str], *, on_result: Callable[[ScanResult], None]
     ) -> Iterator[Part]:
-        """Yield what is to run, by name: keeper, event, receiver, watch."""
+        """Yield what is to run, by name: keeper, event, receiver, watch; and what measures it."""
+        from bucketward.metrics import Meters, Monitor, Sources
+
+        is_keeper, is_event = "keeper" in names, "event" in names
+        options = self.config.metrics
+        has_monitor = options.enabled and (is_keeper or is_event)
+        meters = Meters(
+            Sources(
+                queue=self.queue if has_monitor else None,
+                ledger=self.ledger if has_monitor and is_keeper else None,
+                engines=self.engines if has_monitor and is_event else None,
+                spool=self.spool if has_monitor and is_event else None,
+            )
+        )
+        if not has_monitor:
+            yield from self._parts(names, on_result, meters)
+            return
+        checks: dict[str, Callable[[], object]] = {
+            "state": self.state.ping,
+            "queue": self.queue.ping,
+        }
+        if is_event:
+            checks["engines"] = self._ping_engines
+        if self.results_queue is not None:
+            checks["results"] = self.results_queue.ping
+        running: list[Part] = []
+        monitor = Monitor(meters, running, checks, options.host, options.port)
+        yield monitor
+        log.info("metrics at %s/metrics", monitor.url)
+        for part in self._parts(names, on_result, meters):
+            yield part
+            running.append(part)
+        monitor.all_started()
+
+    def _ping_engines(self) -> None:
+        snapshot = self.settings.current()
+        self.scanner.ping([snapshot.policy(each) for each in snapshot.protected.values()])
+
+    def _parts(
+        self, names: Collection[str], on_result: Callable[[ScanResult], None], meters: Meters
+    ) -> Iterator[Part]:
         config = self.config
+
+        def note(result: ScanResult) -> None:
+            meters.result(result)
+            on_result(result)
+
         if "keeper" in names:
             yield Keeper(
                 self.ledger,
@@ -730,11 +798,13 @@ class House:
                 holder=self.name,
                 results=self.results_queue,
                 sweep_every=config.keeper.sweep_minutes * 60.0,
+                on_dead=meters.dead,
+                on_sweep=meters.swept,
             )
         if "event" in names:
             yield EventAgent(
                 self.queue,
-                self.scanner,
+                self.agents_scanner,
                 self.results,
                 self.settings.current,
                 self.protected_store,
@@ -746,7 +816,9 @@ class House:
                 drain=config.event.drain_seconds,
                 # SQS bills each request, and a longer wait is one; the others cost nothing.
                 poll=10.0 if urlsplit(config.queue.url).scheme == "sqs" else 1.0,
-                on_result=on_result,
+                on_result=note,
+                on_latency=meters.latency,
+                on_retry=meters.retry,
                 on_ready=self._say_ready,
             )
             if self.results_queue is None:

@@ -12,6 +12,7 @@ HEAVY = {
     "fastapi",
     "pydantic",
     "pydantic_core",
+    "prometheus_client",
     "puremagic",
     "rich",
     "sqlalchemy",

@@ -51,6 +51,7 @@ class Folder:
             "HOME": str(path),
             "LANG": "C.UTF-8",
             "BUCKETWARD_WATCH__SETTLE_SECONDS": "0.2",
+            "BUCKETWARD_METRICS__PORT": "0",
         }
 
     def start(self, *command, **environ):

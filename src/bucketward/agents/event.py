@@ -54,6 +54,8 @@ class _Work:
     gone: list[ObjectRef] = field(default_factory=list)
     again: list[ObjectRef] = field(default_factory=list)
     bury: str = ""
+    received_at: float = field(default_factory=time.monotonic)
+    event_at: datetime | None = None
 
 
 class EventAgent:
@@ -61,7 +63,9 @@ class EventAgent:
 
     `snapshot` yields the settings to go by, `refresh` those of this moment.  `stores` opens a
     protected bucket, `quarantine` the bucket that infected objects of a protected
-    one go to; both may raise any error and cache by themselves.
+    one go to; both may raise any error and cache by themselves.  `on_latency` is told for each
+    recorded result the seconds since its event, `None` if that bears no time, and since receipt;
+    `on_retry` of each message given back because something failed.
     """
 
     def __init__(  # noqa: PLR0917 - wiring names them all
@@ -79,6 +83,8 @@ class EventAgent:
         drain: float = 25.0,
         poll: float = 1.0,
         on_result: Callable[[ScanResult], None] = lambda _: None,
+        on_latency: Callable[[float | None, float], None] = lambda *_: None,
+        on_retry: Callable[[], None] = lambda: None,
         on_ready: Callable[[], None] = lambda: None,
         refresh: Callable[[], Snapshot] | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
@@ -96,6 +102,8 @@ class EventAgent:
         self._drain = drain
         self._poll = poll
         self._on_result = on_result
+        self._on_latency = on_latency
+        self._on_retry = on_retry
         self._on_ready = on_ready
         self._now = now
         self._actor = Actor(lambda result: results.record([result]))
@@ -145,6 +153,17 @@ class EventAgent:
         """Return whether nothing is in hand."""
         with self._lock:
             return not self._held
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether every thread runs, or a stop is on its way."""
+        threads = (self._receiver, self._committer, self._extender, *self._workers)
+        return self._stopping.is_set() or all(thread.is_alive() for thread in threads)
+
+    @property
+    def is_ready(self) -> bool:
+        """Return whether messages are taken."""
+        return self._ready.is_set() and not self._stopping.is_set()
 
     # -- receiving -------------------------------------------------------------------------------
 
@@ -254,6 +273,8 @@ class EventAgent:
             log.debug("ignored in message %s: %s", message.id, note)
         if event.malformed:
             work.bury = "; ".join(event.malformed)
+        times = [ref.event_at for ref in event.refs if ref.event_at is not None]
+        work.event_at = min(times, default=None)
         snapshot = self._snapshot()
         for ref in event.removed:
             if ref.bucket in snapshot.protected:
@@ -345,6 +366,7 @@ class EventAgent:
                 self._given_back[message.id] = self._given_back.get(message.id, 0) + 1
                 if len(self._given_back) > _REMEMBERED:
                     self._given_back.popitem(last=False)
+            self._on_retry()
             self._nack([message], delay)
             return
         log.error("giving up after %d deliveries: %s", message.deliveries, error)
@@ -421,6 +443,12 @@ class EventAgent:
                 return
         for result in results:
             self._on_result(result)
+        for work in batch:
+            since_event = None
+            if work.event_at is not None:
+                since_event = (self._now() - work.event_at).total_seconds()
+            for _ in work.results:
+                self._on_latency(since_event, time.monotonic() - work.received_at)
         for work in batch:
             if work.bury:
                 try:

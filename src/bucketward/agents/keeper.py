@@ -35,6 +35,7 @@ def sweep(
     *,
     older_than: datetime | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    on_missing: Callable[[Sequence[ObjectInfo]], None] = lambda _: None,
 ) -> int:
     """Enqueue every object version of a bucket that has no verdict; return how many.
 
@@ -60,6 +61,7 @@ def sweep(
             if verdict is None
         ]
         if missing:
+            on_missing(missing)
             found += _enqueue(queue, missing)
         cursor = page.cursor
         if not cursor:
@@ -99,7 +101,9 @@ class _Chore:
 class Keeper:
     """Runs the chores until it is stopped.  Any number of keepers may run.
 
-    `notifiers` are those that notes name as their target.
+    `notifiers` are those that notes name as their target.  `on_dead` is told how many dead letters
+    were taken off the queue, `on_sweep` how many unscanned objects a sweep found and when the
+    oldest was modified.
     """
 
     def __init__(
@@ -114,6 +118,8 @@ class Keeper:
         results: Queue | None = None,
         sweep_every: float = 900.0,
         sweep_older: float = 300.0,
+        on_dead: Callable[[int], None] = lambda _: None,
+        on_sweep: Callable[[int, datetime | None], None] = lambda *_: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._ledger = ledger
@@ -124,6 +130,8 @@ class Keeper:
         self._holder = holder
         self._results = results
         self._sweep_older = sweep_older
+        self._on_dead = on_dead
+        self._on_sweep = on_sweep
         self._now = now
         self._stopping = threading.Event()
         self._chores = [
@@ -146,6 +154,11 @@ class Keeper:
         """Finish the chore at hand and return."""
         self._stopping.set()
         self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether the thread runs, or a stop is on its way."""
+        return self._stopping.is_set() or self._thread.is_alive()
 
     def _run(self) -> None:
         while not self._stopping.wait(_TICK):
@@ -209,6 +222,7 @@ class Keeper:
                 self._ledger.bury(letter.id, letter.body, reason)
                 log.warning("dead letter %s: %s", letter.id, reason)
             self._queue.ack(letters)
+            self._on_dead(len(letters))
 
     def retry_errors(self) -> None:
         """Enqueue objects with verdict Error again, as `bucketward.ledger.RETRY_AFTER` says."""
@@ -230,6 +244,12 @@ class Keeper:
             log.info("no sweep while the oldest message is %.0f s old", age)
             return
         older_than = self._now() - timedelta(seconds=self._sweep_older)
+        total = 0
+        times: list[datetime] = []
+
+        def note(infos: Sequence[ObjectInfo]) -> None:
+            times[:] = [min((*times, *(info.modified_at for info in infos)))]
+
         for protected in self._snapshot().protected.values():
             try:
                 found = sweep(
@@ -239,12 +259,15 @@ class Keeper:
                     protected,
                     older_than=older_than,
                     stopping=self._stopping.is_set,
+                    on_missing=note,
                 )
             except Error as error:
                 log.warning("cannot sweep %s: %s", protected.bucket, error)
                 continue
             if found:
                 log.warning("sweep: %d unscanned objects in %s", found, protected.bucket)
+            total += found
+        self._on_sweep(total, min(times, default=None))
 
     def drain_results(self) -> None:
         """Take results that agents elsewhere sent and write them into the ledger."""

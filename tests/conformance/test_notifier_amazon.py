@@ -1,6 +1,7 @@
 """SNS, EventBridge and Security Hub are told, and say what they did not take."""
 
 import json
+import re
 import socket
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -75,10 +76,10 @@ def result(verdict=Verdict.INFECTED, *, bucket="s3://in", key="a.exe", findings=
     found = tuple(Finding("clamav", f"Win.Test.{i}") for i in range(findings))
     return ScanResult(
         uuid4().hex,
-        ObjectInfo(bucket, key, 7, datetime.now(UTC), etag='"e"', version_id="v1"),
+        ObjectInfo(bucket, key, 7, '"e"', datetime.now(UTC), version_id="v1"),
         verdict,
         datetime.now(UTC),
-        reports=(EngineReport("clamav", found),) if found else (),
+        reports=(EngineReport("clamav", Verdict.INFECTED, (), found),) if found else (),
         sha256="0" * 64,
         account=ACCOUNT,
         region=REGION,
@@ -186,9 +187,9 @@ class TestSns(NotifierSuite):
         )
 
         def rewrite(_, answer):
-            start = answer.index(b"<member>", answer.index(b"</member>"))
-            end = answer.index(b"</member>", start) + len(b"</member>")
-            kept = answer[:start] + answer[end:]
+            members = re.findall(rb"<member>.*?</member>", answer, re.DOTALL)
+            answer = re.sub(rb"<Failed>.*</Failed>|<Failed\s*/>", b"", answer, flags=re.DOTALL)
+            kept = answer.replace(members[1], b"")
             return kept.replace(b"</Successful>", b"</Successful>" + failed)
 
         self.meddler.rewrite = rewrite

@@ -121,7 +121,8 @@ class NotifierSuite:
         assert {name for name, _ in self.received(notifier)} == {"a", "c"}
 
     def test_a_note_with_a_body_that_is_not_json_harms_no_other(self, notifier: Notifier) -> None:
-        broken = Note("broken", "scanResult", "s", '{"a": 1}\n{"type": "forged"', {})
+        text = '{"a": 1}\n{"type": "forged"'
+        broken = Note("broken", "scanResult", "s", text, {"scanResult": "Infected"})
 
         failures = notifier.send([note("a", 1), broken, note("c", 3)])
 

@@ -15,6 +15,9 @@ from bucketward.notifiers.apprise import open_apprise
 from bucketward.testing.notifier import NotifierSuite, note
 from servers.mail import run_mail, text_of
 
+# Apprise imports it when it first looks for its services.
+pytestmark = pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
+
 
 class Place:
     """What an HTTP endpoint was sent."""

@@ -25,6 +25,8 @@ _TEXT = 4000
 """Lines, findings, characters of a value and of the whole: people read it, and chats cut it."""
 _BUDGET = 40.0
 """Seconds that one `send` may take to start deliveries: chats allow about one message a second."""
+_PACE = 1.2
+"""Seconds between two requests to a chat (Slack, rate limits: one message a second)."""
 
 _DEFUSED = str.maketrans({"<": "\u2039", ">": "\u203a", "@": "\uff20", "[": "\uff3b"})
 """Object keys are anybody's: they shall call no channel (``<!channel>``, ``@here``), hide no link
@@ -55,8 +57,9 @@ class AppriseNotifier:
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
-        # They log whole URLs at DEBUG, and these are secrets.
-        for name in ("apprise", "urllib3", "requests_oauthlib"):
+        # Apprise logs whole URLs, even at ERROR, and so do the others at DEBUG: they are secrets.
+        logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
+        for name in ("urllib3", "requests_oauthlib"):
             if logging.getLogger(name).getEffectiveLevel() < logging.INFO:
                 logging.getLogger(name).setLevel(logging.INFO)
         self._lock = threading.Lock()
@@ -70,7 +73,11 @@ class AppriseNotifier:
                     "see its list of services for how to write it",
                     backend="apprise",
                 )
-            scheme = url.partition("://")[0]
+            scheme = url.partition("://")[0].lower()
+            for service in place:
+                # Apprise waits 5.5 s after each request to a service that names no pace.
+                pace = 0.0 if scheme in {"mailto", "mailtos"} else _PACE
+                service.request_rate_per_sec = min(service.request_rate_per_sec, pace)
             self._places.append((scheme, place))
         if not self._places:
             raise ConfigError(

@@ -1,6 +1,8 @@
 import json
 from datetime import UTC, datetime
 
+import pytest
+
 from bucketward.config import load
 from bucketward.model import EngineReport, Finding, ObjectInfo, ScanResult, Verdict
 from bucketward.notes import scan_result
@@ -54,6 +56,7 @@ def test_only_the_notifier_that_asks_for_it_is_told_as_the_commercial_product_te
     assert told["ours"].id == told["theirs"].id
 
 
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")
 def test_every_notifier_of_a_configuration_is_opened(tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("json://127.0.0.1:9/\n")

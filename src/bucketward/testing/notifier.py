@@ -72,7 +72,7 @@ class NotifierSuite:
         ]
 
         assert notifier.send([*plain, *escaped]) == {}
-        expected = {}
+        expected: dict[str, object] = {}
         for i, text in enumerate(HOSTILE):
             expected |= {f"p{i}": {text: [text]}, f"e{i}": {text: [text]}}
         self._check(notifier, expected)

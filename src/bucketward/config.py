@@ -416,9 +416,21 @@ class AccountTable(Table):
 class NotifierTable(Table):
     """One place that is told about results."""
 
-    url: Url = Field(description="Where to: `https://...` for a webhook, `log://` for the log.")
+    url: Url = Field(
+        description="Where to: `https://...` for a webhook, `log://` for the log, "
+        "`sns://region/account/topic`, `eventbridge://region/bus`, `securityhub://region/account` "
+        "(infected objects only), or `apprise:` for Slack, Teams, e-mail and what else Apprise "
+        "speaks to. Those of AWS take `?endpoint=https://...`."
+    )
     secret: SecretStr = Field(
-        SecretStr(""), description="The secret that signs what a webhook is sent (`whsec_...`)."
+        SecretStr(""),
+        description="The secret that signs what a webhook is sent (`whsec_...`); for `apprise:` "
+        "the Apprise URLs themselves, separated by blanks or line breaks.",
+    )
+    vendor_compatible: Flag = Field(
+        default=False,
+        description="Name the quarantine in `bucket` and `key` of what was moved there, as the "
+        "commercial product does; `scanned` then says where it was.",
     )
     allow_private: Flag = Field(
         default=False, description="Also http, and addresses that are not public."

@@ -12,10 +12,13 @@ _FINDINGS = 100
 _BODY = 200 * 1024  # bytes; SNS, SQS and EventBridge take 256 KiB with everything around it
 
 
-def scan_result(result: ScanResult) -> Note:
+def scan_result(result: ScanResult, *, vendor_compatible: bool = False) -> Note:
     """Return the note of one scan result; its id is the same however often it is made.
 
     `bucket` and `key` are where the object was scanned, `quarantine` where it is now.
+    With `vendor_compatible` they are where the object is now, as in the notifications of the
+    commercial product, and `scanned` says where it was; the attributes, which filters are
+    about, stay those of the bucket that was scanned.
     """
     info = result.object
     findings = [
@@ -47,6 +50,10 @@ def scan_result(result: ScanResult) -> Note:
         "message": result.message,
         "scanId": result.id,
     }
+    if vendor_compatible and result.moved_to:
+        bucket, key = result.moved_to
+        fields |= {"bucket": bucket, "bucketName": bucket.partition("://")[2], "key": key}
+        fields["scanned"] = {"bucket": info.bucket, "key": info.key}
     body = json.dumps(fields)
     while len(body) > _BODY and fields["findings"]:
         fields["findings"] = findings[: len(fields["findings"]) // 2]

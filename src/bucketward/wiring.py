@@ -52,6 +52,7 @@ from bucketward.ledger import (
     object_id,
 )
 from bucketward.model import (
+    Note,
     ObjectInfo,
     ObjectRef,
     QuarantineSpec,
@@ -90,10 +91,14 @@ OPENERS: Mapping[str, Mapping[str, str]] = {
         "yara": "bucketward.engines.yara:open_yara",
     },
     "notifier": {
+        "apprise": "bucketward.notifiers.apprise:open_apprise",
+        "eventbridge": "bucketward.notifiers.eventbridge:open_eventbridge",
         "http": "bucketward.notifiers.webhook:open_webhook",
         "https": "bucketward.notifiers.webhook:open_webhook",
         "log": "bucketward.notifiers.log:open_log",
         "memory": "bucketward.notifiers.memory:open_memory",
+        "securityhub": "bucketward.notifiers.securityhub:open_securityhub",
+        "sns": "bucketward.notifiers.sns:open_sns",
     },
     "cloud": {
         "aws": "bucketward.clouds.aws:open_aws",
@@ -103,6 +108,11 @@ OPENERS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """URL scheme -> opener, imported on first use so that an SDK that is not needed is not loaded."""
+
+_EXTRAS = {"apprise": "chat"} | dict.fromkeys(
+    ("s3", "sqs", "sns", "eventbridge", "securityhub"), "aws"
+)
+"""URL scheme -> the extra that installs its SDK, where it is called otherwise."""
 
 
 def opener(kind: str, url: str) -> Callable[..., Any]:
@@ -116,7 +126,7 @@ def opener(kind: str, url: str) -> Callable[..., Any]:
     try:
         return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # the table above
     except ImportError as error:
-        extra = {"s3": "aws", "sqs": "aws", "aws": "aws", "yara": "yara"}.get(scheme, scheme)
+        extra = _EXTRAS.get(scheme, scheme)
         raise ConfigError(
             f"{kind} {scheme} needs {error.name}; install bucketward[{extra}]"
         ) from error
@@ -290,7 +300,10 @@ class House:
         found: dict[str, Notifier] = {}
         for name, options in self.config.notifiers.items():
             given: dict[str, Any] = {}
-            if urlsplit(options.url).scheme in {"http", "https"}:
+            scheme = urlsplit(options.url).scheme
+            if scheme == "apprise":
+                given = {"secret": options.secret.get_secret_value()}
+            elif scheme in {"http", "https"}:
                 given = {
                     "secret": options.secret.get_secret_value(),
                     "allow_private": options.allow_private,
@@ -301,14 +314,15 @@ class House:
         return found
 
     def _notes(self, result: ScanResult) -> Sequence[Due]:
-        if not self.config.notifiers:
-            return ()
-        note = scan_result(result)
-        return [
-            Due(name, note)
-            for name, options in self.config.notifiers.items()
-            if matches(options.only, note)
-        ]
+        dues = []
+        notes: dict[bool, Note] = {}
+        for name, options in self.config.notifiers.items():
+            shape = options.vendor_compatible
+            if shape not in notes:
+                notes[shape] = scan_result(result, vendor_compatible=shape)
+            if matches(options.only, notes[shape]):
+                dues.append(Due(name, notes[shape]))
+        return dues
 
     @cached_property
     def settings(self) -> SettingsReader:

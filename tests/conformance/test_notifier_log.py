@@ -70,7 +70,7 @@ def test_a_line_holds_all_there_is_to_a_note():
             "id": "n1",
             "type": "scanResult",
             "subject": "a subject",
-            "attributes": {"verdict": "Infected"},
+            "attributes": {"scanResult": "Infected"},
             "body": {"key": "a\nb"},
         }
     ]

@@ -182,7 +182,7 @@ def test_a_note_is_one_signed_post(hook):
     assert json.loads(body) == {
         "type": "scanResult",
         "subject": "a subject",
-        "attributes": {"verdict": "Infected"},
+        "attributes": {"scanResult": "Infected"},
         "data": {"key": "ü\n"},
     }
     assert verify(headers, body, SECRET) is None

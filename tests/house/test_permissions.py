@@ -12,6 +12,9 @@ from botocore import xform_name
 #: backend module -> the services it has clients of
 BACKENDS = {
     "bucketward.clouds.aws": ("s3", "s3control", "sns", "sqs", "events", "sts", "account"),
+    "bucketward.notifiers.eventbridge": ("events",),
+    "bucketward.notifiers.securityhub": ("securityhub",),
+    "bucketward.notifiers.sns": ("sns",),
 }
 
 #: Operations whose permission is called otherwise, or that need several or none: from the
@@ -39,6 +42,7 @@ ACTIONS = {
     },
     "s3control": {"get_public_access_block": {"s3:GetAccountPublicAccessBlock"}},
     "events": {"put_rule": {"events:PutRule", "events:TagResource"}},
+    "sns": {"publish_batch": {"sns:Publish", "kms:Decrypt", "kms:GenerateDataKey"}},
     "sts": {"get_caller_identity": set()},  # always allowed
 }
 
@@ -108,7 +112,7 @@ def test_every_method_on_a_client_was_recognised(module):
         if name in everything and "_" in name
     }
 
-    assert len(found) > 10
+    assert len(found) > (10 if module.__name__.startswith("bucketward.clouds.") else 1)
     assert named - found == set()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -26,7 +26,13 @@ HOSTILE = (
 
 
 class NotifierSuite:
-    """What every notifier does.  Yield an empty one from `notifier` and define `received`."""
+    """What every notifier does.  Yield an empty one from `notifier` and define `received`.
+
+    A place that has no room for bodies (a chat, a format of its own) sets `keeps_bodies` to
+    False; then only the ids of what arrived are compared, and the bodies are a test of its own.
+    """
+
+    keeps_bodies = True
 
     @pytest.fixture
     def notifier(self) -> Notifier:
@@ -57,7 +63,7 @@ class NotifierSuite:
         notes = [note(f"n{i}", {"i": i}) for i in range(25)]
 
         assert notifier.send(notes) == {}
-        assert self._arrived(notifier) == {f"n{i}": {"i": i} for i in range(25)}
+        self._check(notifier, {f"n{i}": {"i": i} for i in range(25)})
 
     def test_hostile_text_arrives_exactly_as_it_was(self, notifier: Notifier) -> None:
         plain = [note(f"p{i}", {text: [text]}) for i, text in enumerate(HOSTILE)]
@@ -66,27 +72,32 @@ class NotifierSuite:
         ]
 
         assert notifier.send([*plain, *escaped]) == {}
-        arrived = self._arrived(notifier)
+        expected: dict[str, object] = {}
         for i, text in enumerate(HOSTILE):
-            assert arrived[f"p{i}"] == {text: [text]}
-            assert arrived[f"e{i}"] == {text: [text]}
-        assert len(arrived) == 2 * len(HOSTILE)
+            expected |= {f"p{i}": {text: [text]}, f"e{i}": {text: [text]}}
+        self._check(notifier, expected)
 
     def test_hostile_subjects_types_and_attributes_disturb_nothing(
         self, notifier: Notifier
     ) -> None:
         notes = [
-            Note(f"h{i}", "scanResult", text, json.dumps({"i": i}), {"key": text, "verdict": text})
+            Note(
+                f"h{i}",
+                "scanResult",
+                text,
+                json.dumps({"i": i}),
+                {"key": text, "verdict": text, "scanResult": "Infected"},
+            )
             for i, text in enumerate(HOSTILE)
         ]
 
         failures = notifier.send(notes)
 
         # A place may have no room for such an attribute; then it says so, of that note only.
-        arrived = self._arrived(notifier)
-        assert set(arrived) | set(failures) == {n.id for n in notes}
-        assert all(arrived[f"h{i}"] == {"i": i} for i in range(len(HOSTILE)) if f"h{i}" in arrived)
-        assert "h0" in arrived
+        missing = set(failures)
+        assert "h0" not in missing
+        expected = {f"h{i}": {"i": i} for i in range(len(HOSTILE)) if f"h{i}" not in missing}
+        self._check(notifier, expected)
 
     def test_a_note_sent_again_keeps_its_id(self, notifier: Notifier) -> None:
         again = note("the-same", {"n": 1})
@@ -107,10 +118,11 @@ class NotifierSuite:
         assert isinstance(failures["bad"], Error)
         assert type(failures["bad"]) is not Error
         assert failures["bad"].backend
-        assert set(self._arrived(notifier)) == {"a", "c"}
+        assert {name for name, _ in self.received(notifier)} == {"a", "c"}
 
     def test_a_note_with_a_body_that_is_not_json_harms_no_other(self, notifier: Notifier) -> None:
-        broken = Note("broken", "scanResult", "s", '{"a": 1}\n{"type": "forged"', {})
+        text = '{"a": 1}\n{"type": "forged"'
+        broken = Note("broken", "scanResult", "s", text, {"scanResult": "Infected"})
 
         failures = notifier.send([note("a", 1), broken, note("c", 3)])
 
@@ -126,19 +138,22 @@ class NotifierSuite:
         with ThreadPoolExecutor(8) as pool:
             assert sum(pool.map(work, range(8))) == 0
 
-        assert self._arrived(notifier) == {
-            f"t{t}-{i}": {"t": t, "i": i} for t in range(8) for i in range(10)
-        }
+        expected = {f"t{t}-{i}": {"t": t, "i": i} for t in range(8) for i in range(10)}
+        self._check(notifier, expected)
 
     def test_closing_twice_is_fine(self, notifier: Notifier) -> None:
         notifier.close()
         notifier.close()
 
-    def _arrived(self, notifier: Notifier) -> dict[str, object]:
-        return {note_id: json.loads(body) for note_id, body in self.received(notifier)}
+    def _check(self, notifier: Notifier, expected: Mapping[str, object]) -> None:
+        received = self.received(notifier)
+        if self.keeps_bodies:
+            assert {note_id: json.loads(body) for note_id, body in received} == expected
+        else:
+            assert {note_id for note_id, _ in received} == set(expected)
 
 
 def note(note_id: str, body: object, *, ensure_ascii: bool = False) -> Note:
     """Return a note about `body`."""
     text = json.dumps(body, ensure_ascii=ensure_ascii)
-    return Note(note_id, "scanResult", "a subject", text, {"verdict": "Infected"})
+    return Note(note_id, "scanResult", "a subject", text, {"scanResult": "Infected"})

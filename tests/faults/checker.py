@@ -197,9 +197,7 @@ def _check_counters(report, ledger, results):
         amounts.update(f"reason.{reason}" for reason in result.reasons)
     for (bucket, day), amounts in right.items():
         counters = Counter(ledger.counters(bucket, day))
-        report.need(
-            counters == amounts, f"counters say {dict(counters)}, results {dict(amounts)}"
-        )
+        report.need(counters == amounts, f"counters say {dict(counters)}, results {dict(amounts)}")
 
 
 def _check_verdicts(report, truth, ledger, live):

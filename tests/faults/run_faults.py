@@ -410,9 +410,7 @@ def main():
     folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
     folder.mkdir(exist_ok=True)
     try:
-        report = run(
-            folder, options.seed, options.kills, options.objects, settle=options.settle
-        )
+        report = run(folder, options.seed, options.kills, options.objects, settle=options.settle)
     except subprocess.SubprocessError as error:
         sys.exit(str(error))
     if report.problems:

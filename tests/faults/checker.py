@@ -1,6 +1,7 @@
 """What must hold when a fault run has settled, asked of buckets, queue and ledger alone."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections import Counter, defaultdict
@@ -122,8 +123,7 @@ def _check_source(report, truth, source, ledger, live):
         if verdict is not None:
             right = verdict.verdict is each.verdict
             report.need(right, f"{key!r} is {each.verdict}, the ledger says {verdict.verdict}")
-        info = source.stat(info.ref)  # listings do not tell the tags
-        _check_tags(report, each, source.tags(info))
+        _check_tags(report, each, source.tags(source.stat(info.ref)))
 
 
 def _check_tags(report, each, tags):
@@ -242,6 +242,4 @@ def _export(state, table):
 
 
 def _json(record):
-    import json
-
     return json.loads(record.body)

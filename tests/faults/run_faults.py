@@ -176,9 +176,13 @@ class Run:
     def __exit__(self, *error):
         for timer in self._timers:
             timer.join()
-        for name in list(self._agents):
-            self._end(name, signal.SIGKILL if error[0] else signal.SIGTERM)
+        self.end(signal.SIGKILL if error[0] else signal.SIGTERM)
         self._stack.close()
+
+    def end(self, number=signal.SIGTERM):
+        """End every process."""
+        for name in list(self._agents):
+            self._end(name, number)
 
     def _start(self, name, command):
         self._born[name] += 1
@@ -390,6 +394,7 @@ def run(folder, seed, kills, objects, *, settle, out=sys.stdout, after=lambda ru
         running.play(make_plan(seed, kills, objects))
         played = time.monotonic() - begun
         settled = running.settle(settle)
+        running.end()
         report = running.check()
         for name, count in running.faults.items():
             running.say(f"{count:>8}  {name}")

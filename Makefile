@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check setup setup-test format lint types contracts unit conformance system lock clean
+.PHONY: run test check setup setup-test format lint types contracts unit conformance system faults lock clean
 
 run: setup  ## set up and start everything on this machine: drop a file, see its verdict
 	@$(BIN)/bucketward up
@@ -44,6 +44,9 @@ types:
 
 unit conformance system: setup-test
 	$(BIN)/python -m pytest tests/$@
+
+faults: setup-test  ## kill agents a thousand times, as in docs/faults.md; make faults FAULTS='--seed 7'
+	PYTHONPATH=tests $(BIN)/python -m faults.run_faults $(FAULTS)
 
 PIP_COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allow-unsafe --no-header \
 	--no-emit-index-url --no-emit-trusted-host --no-emit-find-links

@@ -86,6 +86,9 @@ class Results(Protocol):
     def forget(self, refs: Sequence[ObjectRef]) -> None:
         """Note that these objects are gone from their bucket."""
 
+    def replaced(self, holders: Sequence[ObjectRef]) -> None:
+        """Note what keys without versions hold now, by etag: whatever else they held is gone."""
+
     def ping(self) -> None:
         """Prove that `record` would work."""
 
@@ -305,14 +308,26 @@ class Ledger:
             for record in self._verdicts_of(ref.bucket, ref.key):
                 self.state.commit([Delete("verdicts", record.key)])
 
-    def _end_pending(self, ref: ObjectRef) -> None:
-        """Finish results whose deletion happened but was not recorded: the agent died between."""
+    def replaced(self, holders: Sequence[ObjectRef]) -> None:
+        """End what was pending on objects that others overwrote; see `Results.replaced`."""
+        for ref in holders:
+            self._end_pending(ref, holds=ref.etag)
+
+    def _end_pending(self, ref: ObjectRef, *, holds: str | None = None) -> None:
+        """Finish results whose deletion happened but was not recorded: the agent died between.
+
+        With `holds`, the etag of what is there, only those on other objects.
+        """
         for result in self.results("object", object_id(ref.bucket, ref.key), limit=20).items:
-            if result.action_state == "pending" and ref.version_id in (
-                None,
-                result.object.version_id,
-            ):
-                self.record([replace(result, action_state="done")])
+            if result.action_state != "pending" or result.object.etag == holds:
+                continue
+            if ref.version_id not in (None, result.object.version_id):
+                continue
+            changes = self._changes(replace(result, action_state="done"))
+            if holds is not None:  # the current verdict is on what is there
+                records = tuple(c for c in changes.records if c.table != "verdicts")
+                changes = replace(changes, records=records)
+            self._record_one(changes)
 
     def _verdicts_of(self, bucket: str, key: str) -> Iterator[Record]:
         cursor = ""
@@ -554,6 +569,10 @@ class QueuedResults:
         """Send word that these objects are gone."""
         self._queue.send([dump_gone(ref) for ref in refs])
 
+    def replaced(self, holders: Sequence[ObjectRef]) -> None:
+        """Send word what these keys hold."""
+        self._queue.send([dump_gone(ref, holds=ref.etag) for ref in holders])
+
     def ping(self) -> None:
         """Prove that the queue can be reached."""
         self._queue.ping()
@@ -744,20 +763,24 @@ def dump_report(report: EngineReport, findings: int = _MANY) -> dict[str, Any]:
     }
 
 
-def dump_gone(ref: ObjectRef) -> str:
-    """Return the word that an object is gone, as the results queue carries it."""
-    return json.dumps({"gone": [ref.bucket, ref.key, ref.version_id]})
+def dump_gone(ref: ObjectRef, *, holds: str | None = None) -> str:
+    """Return the word that an object is gone, as the results queue carries it.
+
+    With `holds`, the etag of what is there: that everything else under the key is gone.
+    """
+    gone = {"gone": [ref.bucket, ref.key, ref.version_id]}
+    return json.dumps(gone if holds is None else {**gone, "holds": holds})
 
 
 def load_gone(text: str) -> ObjectRef | None:
-    """Return the object that `dump_gone` wrote about, `None` for anything else."""
+    """Return what `dump_gone` wrote about, `holds` as its etag; `None` for anything else."""
     fields = json.loads(text)
     if not isinstance(fields, dict) or "gone" not in fields:
         return None
     bucket, key, version_id = fields["gone"]
     if not isinstance(bucket, str) or not isinstance(key, str):
         raise TypeError("bucket and key have to be texts")
-    return ObjectRef(bucket, key, version_id)
+    return ObjectRef(bucket, key, version_id, etag=fields.get("holds"))
 
 
 def load_result(text: str) -> ScanResult:

@@ -3,6 +3,7 @@
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,26 @@ class TestManagedClamAV(EngineSuite):
         assert signatures.count == 1
         assert signatures.updated_at is None
         assert signatures.version.startswith("ClamAV ")
+
+
+def test_two_that_share_a_clamd_judge_files_alone_without_harm_to_each_other(tmp_path):
+    engines = [
+        open_clamav("clamav:managed", data_dir=tmp_path, limits=LIMITS, poll=0.1) for _ in "ab"
+    ]
+
+    def judge(number):
+        body = eicar() if number % 3 == 0 else b"clean %d" % number
+        with spool(body) as file:
+            alone = number % 4 < 2
+            report = engines[number % 2].scan(file, time.monotonic() + 60, alone=alone)
+        return number % 3 == 0, report.verdict
+
+    with ThreadPoolExecutor(6) as threads:
+        verdicts = set(threads.map(judge, range(24)))
+    for engine in engines:
+        engine.close()
+
+    assert verdicts == {(True, Verdict.INFECTED), (False, Verdict.CLEAN)}
 
 
 @pytest.fixture(scope="module")

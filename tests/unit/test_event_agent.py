@@ -5,7 +5,7 @@ import pytest
 from bucketward.engines.memory import MemoryEngine
 from bucketward.errors import ConfigError, Denied, NotFound, Unavailable, Unsupported
 from bucketward.events import encode
-from bucketward.ledger import Protected, QueuedResults
+from bucketward.ledger import Protected, QueuedResults, object_id
 from bucketward.model import ObjectRef, Verdict
 from bucketward.queues.memory import MemoryQueue
 from house_kit import MARK, Failing, Kit, away, get, listing, put, today, wait_for
@@ -569,3 +569,33 @@ def test_results_may_travel_by_queue_and_end_in_the_ledger():
     (stored,) = kit.ledger.results("verdict", f"Infected|{today()}").items
     assert stored.action_state == "done"
     assert kit.ledger.verdicts([info]) == [None]
+
+
+@pytest.mark.parametrize("is_queued", [False, True], ids=["directly", "through-a-queue"])
+@pytest.mark.parametrize("is_pinned", [False, True], ids=["by-key", "by-etag"])
+def test_what_was_pending_on_an_overwritten_object_is_ended(is_queued, is_pinned):
+    kit = Kit(versioned=False)
+    evil = put(kit.store, "k", MARK)
+
+    def overwritten(*_args, **_more):
+        kit.store.fail.clear()
+        put(kit.store, "k", b"hello")
+        raise away()
+
+    kit.store.fail["delete"] = overwritten
+    real = kit.queue.inner.nack
+    kit.queue.inner.nack = lambda messages, delay=0: real(messages, 0)
+    results = MemoryQueue()
+    kit.announce("k", **({"etag": evil.etag} if is_pinned else {}))
+    with kit.agent(**({"results": QueuedResults(results)} if is_queued else {})):
+        wait_for(lambda: kit.seen)
+    kit.keeper(results=results).drain_results()
+
+    found = list(kit.ledger.results("object", object_id("memory://in", "k")).items)
+    assert {(r.verdict, r.action_state) for r in found} == {
+        (Verdict.INFECTED, "done"),
+        (Verdict.CLEAN, "done"),
+    }
+    there = kit.store.stat(ObjectRef("memory://in", "k"))
+    assert kit.ledger.verdicts([there])[0].verdict is Verdict.CLEAN
+    assert kit.ledger.counters("memory://in", today())["Infected"] == 1

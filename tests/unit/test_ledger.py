@@ -11,7 +11,9 @@ from bucketward.ledger import (
     Ledger,
     Protected,
     SettingsReader,
+    dump_gone,
     dump_result,
+    load_gone,
     load_result,
     object_id,
 )
@@ -130,6 +132,28 @@ def test_what_vanished_with_a_pending_action_is_done(ledger):
 
     assert ledger.result(pending.id).action_state == "done"
     assert ledger.verdicts([pending.object]) == [None]
+
+
+def test_what_was_overwritten_with_a_pending_action_is_done_and_the_new_verdict_stays(ledger):
+    old = result("a", Verdict.INFECTED, action="move", action_state="pending", version=None)
+    new = result("a", cause="m2", version=None)
+    new = replace(new, object=replace(new.object, etag="another"))
+    ledger.record([old])
+    ledger.record([new])
+    ledger.replaced([load_gone(dump_gone(new.object.ref, holds="another"))])
+
+    assert ledger.result(old.id).action_state == "done"
+    assert ledger.verdicts([new.object])[0].verdict is Verdict.CLEAN
+    assert ledger.counters("memory://b", "2026-11-21")["Infected"] == 1
+    assert len(ledger.due_notes()) == 2
+
+
+def test_what_is_pending_on_what_is_there_stays_pending(ledger):
+    there = result("a", Verdict.INFECTED, action="move", action_state="pending", version=None)
+    ledger.record([there])
+    ledger.replaced([ObjectRef("memory://b", "a", etag=there.object.etag)])
+
+    assert ledger.result(there.id).action_state == "pending"
 
 
 def test_a_hundred_and_more_results_are_recorded_together(ledger):

@@ -53,6 +53,7 @@ class _Work:
     results: list[ScanResult] = field(default_factory=list)
     gone: list[ObjectRef] = field(default_factory=list)
     again: list[ObjectRef] = field(default_factory=list)
+    replaced: list[ObjectRef] = field(default_factory=list)
     bury: str = ""
     received_at: float = field(default_factory=time.monotonic)
     event_at: datetime | None = None
@@ -262,7 +263,7 @@ class EventAgent:
 
     def _handle(self, work: _Work) -> None:
         """Do everything a message asks for, short of recording and acknowledging it."""
-        work.results, work.gone, work.again, work.bury = [], [], [], ""
+        work.results, work.gone, work.again, work.replaced, work.bury = [], [], [], [], ""
         message = work.message
         try:
             event = decode(message.body)
@@ -333,6 +334,11 @@ class EventAgent:
                     store, scan, policy, lambda: self._quarantine(protected, policy.quarantine)
                 )
             work.results.append(outcome.result)
+            info = outcome.result.object
+            is_repeated = work.message.deliveries > 1 or event.attempt > 0
+            if is_repeated and scan.is_pinned and info.version_id is None:
+                # An agent may have died before it recorded the deletion of what was there before.
+                work.replaced.append(ObjectRef(info.bucket, info.key, etag=info.etag))
             if outcome.is_replaced:
                 work.again.append(ObjectRef(ref.bucket, ref.key))
         except NotFound as error:
@@ -371,7 +377,7 @@ class EventAgent:
             return
         log.error("giving up after %d deliveries: %s", message.deliveries, error)
         text = f"gave up after {message.deliveries} deliveries: {error}"
-        work.results, work.again = [], []
+        work.results, work.again, work.replaced = [], [], []
         try:
             event = decode(message.body)
             protected = self._snapshot().protected
@@ -413,14 +419,18 @@ class EventAgent:
         results = [result for work in batch for result in work.results]
         gone = [ref for work in batch for ref in work.gone]
         again = [ref for work in batch for ref in work.again]
+        replaced = [ref for work in batch for ref in work.replaced]
         while True:
             try:
                 self._results.record(results)
                 if gone:
                     self._results.forget(gone)
                     gone = []
+                if replaced:
+                    self._results.replaced(replaced)
+                    replaced = []
                 if again:
-                    self._queue.send([encode([ref]) for ref in again])
+                    self._queue.send([encode([ref], attempt=1) for ref in again])
                     again = []
                 break
             except (Unavailable, Denied, ConfigError) as error:

@@ -290,7 +290,9 @@ class Keeper:
 
     def _take(self, things: Sequence[ScanResult | ObjectRef]) -> None:
         self._ledger.record([thing for thing in things if isinstance(thing, ScanResult)])
-        self._ledger.forget([thing for thing in things if isinstance(thing, ObjectRef)])
+        refs = [thing for thing in things if isinstance(thing, ObjectRef)]
+        self._ledger.forget([ref for ref in refs if ref.etag is None])
+        self._ledger.replaced([ref for ref in refs if ref.etag is not None])
 
     def _take_one(self, message: Message, thing: ScanResult | ObjectRef) -> bool:
         """Take one thing into the ledger, and return whether it fits in there."""

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, overload
 from urllib.parse import unquote, urlsplit
 
 from bucketward.engines.clamd import Clamd, Daemon, Limits, demo_signatures
@@ -429,33 +429,59 @@ class ClamAVEngine:
         return self._source.signatures()
 
     def _scan_alone(self, file: Spooled, started: float, deadline: float) -> EngineReport:
-        with self._gate.enter(deadline, alone=True):
-            if self._managed is not None:
-                with contextlib.suppress(Unavailable):
-                    self._recycle(self._managed.clamd.current())
-            while self._idle:
-                self._idle.pop().close()
-            session = self._session(deadline)
-            signatures = self._judged_by(session)
+        with self._gate.enter(deadline, alone=True), contextlib.ExitStack() as stack:
+            if self._managed is None:
+                return self._judge_alone(file, started, deadline, is_last=True)
             try:
-                reply = session.scan(file, deadline)
-            except _Late:
-                late = self._late(session, signatures, started, has_grace=False)
-                assert late is not None
-                return late
-            except _Broken as error:
-                self._drop(session)
-                return EngineReport(
-                    self.name,
-                    Verdict.ERROR,
-                    coverage=(Reason.ENGINE_FAILED,),
-                    signatures=signatures,
-                    seconds=time.monotonic() - started,
-                    message=f"clamd failed on this file: {error}",
-                )
+                stack.enter_context(self._managed.clamd.alone(deadline))
+            except TimeoutError:
+                raise _busy() from None
+            # It may have ended with the process that kept it: that is not the file's doing twice.
+            report = self._judge_alone(file, started, deadline, is_last=False)
+            return report or self._judge_alone(file, started, deadline, is_last=True)
+
+    @overload
+    def _judge_alone(
+        self, file: Spooled, started: float, deadline: float, *, is_last: Literal[True]
+    ) -> EngineReport: ...
+
+    @overload
+    def _judge_alone(
+        self, file: Spooled, started: float, deadline: float, *, is_last: Literal[False]
+    ) -> EngineReport | None: ...
+
+    def _judge_alone(
+        self, file: Spooled, started: float, deadline: float, *, is_last: bool
+    ) -> EngineReport | None:
+        """Judge the file in a fresh daemon; `None` if that ended and it is not the last try."""
+        if self._managed is not None:
+            with contextlib.suppress(Unavailable):
+                self._recycle(self._managed.clamd.current())
+        while self._idle:
+            self._idle.pop().close()
+        session = self._session(deadline)
+        signatures = self._judged_by(session)
+        try:
+            reply = session.scan(file, deadline)
+        except _Late:
+            late = self._late(session, signatures, started, has_grace=False)
+            assert late is not None
+            return late
+        except _Broken as error:
             self._drop(session)
-            if session.daemon is not None:
-                self._recycle(session.daemon)
+            if not is_last:
+                return None
+            return EngineReport(
+                self.name,
+                Verdict.ERROR,
+                coverage=(Reason.ENGINE_FAILED,),
+                signatures=signatures,
+                seconds=time.monotonic() - started,
+                message=f"clamd failed on this file: {error}",
+            )
+        self._drop(session)
+        if session.daemon is not None:
+            self._recycle(session.daemon)
         return self._report(file, reply, signatures, started, deadline)
 
     def _session(self, deadline: float) -> _Session:

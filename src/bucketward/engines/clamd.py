@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -259,9 +259,28 @@ class Clamd:
             time.sleep(0.005)
         return False
 
+    @contextlib.contextmanager
+    def alone(self, deadline: float) -> Iterator[None]:
+        """Keep other processes from ending daemons for a file that they judge alone meanwhile.
+
+        `TimeoutError` if another still does at the deadline.
+        """
+        with (self._home.base / "alone").open("a+b") as lock:
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise TimeoutError from None
+                    time.sleep(0.02)
+            yield
+
     def recycle(self, daemon: Daemon) -> None:
         """End `daemon` now, whatever it does, and do not come back before it is out of service."""
         self._home.ended.add(daemon.number)
+        with contextlib.suppress(OSError):  # the process that watches it may be another
+            (self._home.base / f"{daemon.number}.ended").touch()
         if _birth(daemon.pid) == daemon.born:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(daemon.pid, signal.SIGKILL)
@@ -445,7 +464,8 @@ class _Owner:
             process.stop()
 
     def _bury(self, process: _Process) -> None:
-        if process.number not in self._home.ended:
+        is_meant = (self._base / f"{process.number}.ended").exists()
+        if not is_meant and process.number not in self._home.ended:
             log.warning("clamav: clamd ended (%s) and is started again", process.problem())
             # One that lived for a while may start at once; one that did not has to wait.
             self._failures = 0 if process.age() > 5 else min(self._failures + 1, 6)
@@ -601,7 +621,7 @@ class _Process:
         assert self._process.stdout is not None
         self._process.stdout.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
-        for ending in ("conf", "json"):
+        for ending in ("conf", "json", "ended"):
             (self._base / f"{self.number}.{ending}").unlink(missing_ok=True)
 
     def _read(self) -> None:

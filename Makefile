@@ -53,7 +53,7 @@ PIP_COMPILE = $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --allo
 
 lock:  ## pin the dependencies anew
 	$(PIP_COMPILE) --upgrade --all-extras -o requirements-dev.txt pyproject.toml
-	$(PIP_COMPILE) --extra aws --extra server --extra yara -c requirements-dev.txt -o requirements.txt pyproject.toml
+	$(PIP_COMPILE) --extra aws --extra chat --extra yara -c requirements-dev.txt -o requirements.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -472,7 +472,8 @@ def _decode_ref(fields: Any) -> ObjectRef:
 def _short(value: Any) -> str:
     """Return at most some 80 printable ASCII characters that show `value`, for a message."""
     if isinstance(value, str):
-        return ascii(value[:60]) + ("..." if len(value) > 60 else "")
+        text = ascii(value[:60])
+        return text[:80] + "..." if len(value) > 60 or len(text) > 80 else text
     if value is None or isinstance(value, bool | float):
         return json.dumps(value)
     return f"a JSON {type(value).__name__}"

@@ -385,7 +385,9 @@ class ClamAVEngine:
         suspected = False
         deaths = 0
         grace = min(deadline - started, _GRACE)
-        for _ in range(_PATIENCE):
+        tries = 0
+        while tries < _PATIENCE:
+            tries += 1
             with self._gate.enter(deadline, alone=suspected):
                 session = self._session(deadline)
                 signatures = self._judged_by(session)
@@ -401,7 +403,8 @@ class ClamAVEngine:
                 except _Broken as error:
                     self._drop(session)
                     problem = error
-                    if grace and session.daemon is not None and self._ended_here(session.daemon):
+                    if session.daemon is not None and self._ended_here(session.daemon):
+                        tries -= 1  # for the sake of another file: that is not this one's doing
                         deadline, grace = max(deadline, time.monotonic() + grace), 0.0
                     if self._managed is None or session.daemon is None:
                         if session.number == 1:
@@ -526,7 +529,9 @@ class ClamAVEngine:
                 del self._in_use[number]
 
     def _ended_here(self, daemon: Daemon) -> bool:
-        return daemon.number in self._ended_by_us
+        if daemon.number in self._ended_by_us:
+            return True
+        return self._managed is not None and self._managed.clamd.was_meant_to_end(daemon)
 
     def _recycle(self, daemon: Daemon) -> bool:
         """End a daemon; return whether we are the first who did."""

@@ -102,6 +102,9 @@ class Daemon:
     signatures: Signatures
 
 
+_REMEMBERED = 600.0  # seconds for which it is known that a daemon was ended on purpose
+
+
 class _Home:
     """What the parts of this module share: where everything is, and what was asked for."""
 
@@ -276,11 +279,20 @@ class Clamd:
                     time.sleep(0.02)
             yield
 
+    def was_meant_to_end(self, daemon: Daemon) -> bool:
+        """Return whether some process ended `daemon` on purpose, in the last while."""
+        marked = self._home.base / f"{daemon.number}.ended"
+        return daemon.number in self._home.ended or marked.exists()
+
     def recycle(self, daemon: Daemon) -> None:
         """End `daemon` now, whatever it does, and do not come back before it is out of service."""
         self._home.ended.add(daemon.number)
-        with contextlib.suppress(OSError):  # the process that watches it may be another
+        with contextlib.suppress(OSError):  # for the other processes that share it
+            marks = self._home.base / "run"
             (self._home.base / f"{daemon.number}.ended").touch()
+            for mark in marks.glob("*.ended"):
+                if time.time() - mark.stat().st_mtime > _REMEMBERED:
+                    mark.unlink(missing_ok=True)
         if _birth(daemon.pid) == daemon.born:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(daemon.pid, signal.SIGKILL)
@@ -621,7 +633,7 @@ class _Process:
         assert self._process.stdout is not None
         self._process.stdout.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
-        for ending in ("conf", "json", "ended"):
+        for ending in ("conf", "json"):
             (self._base / f"{self.number}.{ending}").unlink(missing_ok=True)
 
     def _read(self) -> None:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from bucketward.config import ClamavEngine, Config, YaraEngine
 from bucketward.errors import ConfigError, Denied, Error, Unavailable, Unsupported
@@ -131,7 +131,13 @@ def _house(config: Config, stack: ExitStack, signatures: Path | None, rules: Pat
         ),
         "spool": config.spool.model_copy(update={"directory": spool}),
     }
-    return House(config.model_copy(update=changes))
+    return House(config.model_copy(update=changes), has_ledger=_has_ledger(config))
+
+
+def _has_ledger(config: Config) -> bool:
+    """Return whether there is a ledger already, with what is allowed in it; none is made."""
+    parts = urlsplit(config.state.url)
+    return parts.scheme == "sqlite" and Path(unquote(parts.path)).is_file()
 
 
 def _private_folder(stack: ExitStack) -> Path:

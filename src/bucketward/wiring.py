@@ -145,8 +145,9 @@ class House:
     Use it as a context manager.  Opening raises the six errors; `check` reports instead.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, has_ledger: bool = True) -> None:
         self.config = config
+        self._has_ledger = has_ledger
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self._open = ExitStack()
         self._lock = threading.RLock()
@@ -274,8 +275,10 @@ class House:
         return Scanner(self.engines, self.spool, detect_type=detect_type, allowed=self._allowed)
 
     def _allowed(self, sha256: str, bucket: str, key: str) -> Collection[str]:
-        # Without the state, as on a spoke, nothing is allowed: a finding stays a finding.
-        return self.ledger.allowed(sha256, bucket, key) if self.results_queue is None else ()
+        # Without the ledger, as on a spoke, nothing is allowed: a finding stays a finding.
+        if not self._has_ledger or self.results_queue is not None:
+            return ()
+        return self.ledger.allowed(sha256, bucket, key)
 
     @cached_property
     def agents_scanner(self) -> Scanner:

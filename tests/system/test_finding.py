@@ -33,6 +33,7 @@ def test_a_false_positive_is_restored_and_a_finding_deleted(tmp_path):
         wait(lambda: '"verdict": "InfectedAllowed"' in up.log)
         again = home.run("finding", "rescan", ours["id"])
         wait(lambda: up.log.count('"verdict": "InfectedAllowed"') == 2)
+        by_hand = home.run("scan", str(drop))
         allowed = [json.loads(line) for line in home.run("finding", "allowed").stdout.splitlines()]
         ended = home.run("finding", "disallow", allowed[0]["id"])
         home.run("finding", "rescan", ours["id"])
@@ -40,6 +41,8 @@ def test_a_false_positive_is_restored_and_a_finding_deleted(tmp_path):
 
     for done in (back, gone, again, ended):
         assert done.returncode == 0, done.stderr
+    assert by_hand.returncode == 0
+    assert json.loads(by_hand.stdout)["verdict"] == "InfectedAllowed"
     assert allowed[0]["reason"] == "our own test file"
     assert [p.name for p in drop.iterdir() if p.is_file()] == []
     kept = [p for p in (home.data / "quarantine").rglob("*.com*") if p.is_file()]

@@ -425,6 +425,13 @@ class _Owner:
             )
             self._stop(self._running)
             self._running = None
+            return
+        log.info(
+            "clamav: new signatures are loaded beside those in use, which takes about %d MiB more "
+            "until they take over; %s MiB are available",
+            need >> 20,
+            "unknown" if available is None else available >> 20,
+        )
 
     def _start(self, folder: Path, digest: str) -> bool:
         process = _Process(self._home, folder)
